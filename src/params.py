@@ -1,0 +1,186 @@
+"""params.yaml as frozen, typed sections: the manual of every knob, and the only reader of that file."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from src import paths
+from src.runtime import PipelineError
+
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrOff = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Device = Literal["auto", "cuda", "mps", "cpu"]
+
+
+class Section(BaseModel):
+    """No unknown key, no missing key, no silent conversion, no change after reading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Download(Section):
+    """Where the images come from."""
+
+    source: Literal["sample", "kaggle", "folder"]
+    """sample: 5,000 MNIST digits, without network; kaggle: a Kaggle data set; folder: your own images."""
+    dataset: str
+    """kaggle: owner/slug, as in the data set's address; else unused."""
+    version: CountOrOff
+    """kaggle: the data set's version, 1 or more; else unused."""
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    """kaggle: the archive's SHA-256 as 64 hexadecimal digits; '' accepts any and prints the one found."""
+    path: str
+    """folder: a folder of class folders, or of one zip, or a zip: data/inbox, or an absolute path anywhere."""
+
+    @model_validator(mode="after")
+    def _kaggle_is_pinned(self) -> "Download":
+        if self.source == "kaggle" and (self.dataset.count("/") != 1 or not all(self.dataset.split("/"))):
+            raise ValueError("dataset: expected owner/slug, such as alessiocorrado99/animals10")
+        if self.source == "kaggle" and self.version < 1:
+            raise ValueError("version: expected the data set's version, 1 or more, so that a rerun gets the same bytes")
+        return self
+
+
+class Prepare(Section):
+    """How an image of the archive becomes pixels."""
+
+    size: Annotated[int, Field(ge=8, le=1024)]
+    """Side of the prepared square images, in pixels."""
+    channels: Literal[1, 3]
+    """1: gray; 3: RGB."""
+    include: str
+    """Which files of the archive to use, as a shell pattern on the path inside it; '*' uses all."""
+    classes: dict[str, str | None]
+    """Class folder: name of the class; null leaves the folder out; folders not named here keep their name."""
+    max_rejected: Share
+    """Largest share of files that may be broken before the stage fails."""
+
+
+class Split(Section):
+    """Which images train, which choose, which judge."""
+
+    seed: Seed
+    """Another seed draws another split."""
+    validation: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the images to choose by (of the official training images where official is true)."""
+    test: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the images to judge by; unused where official is true."""
+    official: bool
+    """Keep the train and test folders (or idx files) of the archive as they are."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> "Split":
+        if not self.official and self.validation + self.test >= 1:
+            raise ValueError(f"validation + test is {self.validation + self.test:g}, expected less than 1")
+        return self
+
+
+class Model(Section):
+    """The network."""
+
+    name: str
+    """A function of src/networks.py: article or keras_mnist."""
+    dropout: Share
+    """Share of the features that are set to zero in training."""
+
+
+class Train(Section):
+    """How the network is trained."""
+
+    seed: Seed
+    """Seed of the initial weights, of the order, of augmentation and of dropout."""
+    epochs: Count
+    """Passes over the training images."""
+    batch: Count
+    """Images a step, over all devices together."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Adam's learning rate, such as 1.0e-3."""
+    flip: bool
+    """Mirror each image left to right with probability 1/2."""
+    shift: CountOrOff
+    """Move each image by up to so many pixels each way."""
+    patience: CountOrOff
+    """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
+    snapshot_every: CountOrOff
+    """Save the weights after every so many epochs; 0 saves none."""
+    device: Device
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    precision: Literal["auto", "32", "bf16", "16"]
+    """auto: mixed bf16 or 16 where a CUDA device has it, else 32."""
+    compile: bool
+    """Compile the network (torch.compile): slower to start, faster a step on most GPUs."""
+
+
+class Evaluate(Section):
+    """How the test images are predicted."""
+
+    batch: Count
+    """Images a step; changes the speed, and the probabilities by the noise of floating point."""
+    device: Device
+    """As train.device."""
+
+
+class Plot(Section):
+    """What the pictures show."""
+
+    seed: Seed
+    """Draws the random test images."""
+    examples: Annotated[int, Field(ge=1, le=100)]
+    """Test images in the grid of predictions, and at most so many in the grid of mistakes."""
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    download: Download
+    prepare: Prepare
+    split: Split
+    model: Model
+    train: Train
+    evaluate: Evaluate
+    plot: Plot
+
+
+def load_params(path: Path = paths.PARAMS) -> Params:
+    """Read and check the whole of params.yaml, so that a typo anywhere is found by the first stage that runs.
+
+    Raises PipelineError with the key's name, the value found and what was expected.
+    """
+    try:
+        return Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise PipelineError(f"{path} is missing; `git checkout {path}` brings the default back") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        # One mistake at a time; an unknown key first, since it is usually the reason why another one is missing.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        raise PipelineError(_explain(path, first["loc"], first["type"], first["msg"], first["input"])) from None
+
+
+def _explain(path: Path, location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+    key = ".".join(str(part) for part in location) or "the file"
+    message = message.removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if kind == "extra_forbidden":
+        return f"{path}: {key} is unknown; known in its place: {', '.join(_siblings(location))}"
+    if kind == "missing":
+        return f"{path}: {key} is missing; add it (`git show HEAD:params.yaml` shows the whole file)"
+    if kind == "value_error":
+        return f"{path}: {key}.{message}"
+    hint = "; YAML reads 1e-4 as text, write 1.0e-4" if kind == "float_type" and isinstance(value, str) else ""
+    return f"{path}: {key} is {value!r} ({type(value).__name__}): {message}{hint}"
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Params
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return sorted(model.model_fields)

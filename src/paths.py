@@ -1,0 +1,27 @@
+"""Every path that two files share, relative to the repository's root, where DVC runs each stage."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+
+INBOX = Path("data/inbox")
+RAW = Path("data/raw.zip")
+ORIGIN = Path("data/raw.json")
+
+IMAGES = Path("data/images.npy")
+INDEX = Path("data/index.csv")
+REJECTED = Path("data/rejected.csv")
+SPLIT = Path("data/split.csv")
+AUGMENTED = Path("data/augmented.npy")
+PREDICTIONS = Path("data/predictions.csv")
+
+MODEL = Path("models/model.safetensors")
+SNAPSHOTS = Path("models/snapshots")
+
+DATA_METRICS = Path("metrics/data.json")
+TRAIN_LOG = Path("metrics/train")
+TEST_METRICS = Path("metrics/test.json")
+CLASS_METRICS = Path("metrics/classes.csv")
+
+PLOTS = Path("plots")
+REPORT = Path("plots/report.html")

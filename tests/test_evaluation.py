@@ -1,0 +1,233 @@
+"""Scores are those of the textbooks, the files hold what they promise, and a model is only judged on what it knows."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
+
+from src import paths
+from src.batches import read_dataset
+from src.evaluation import predict, score, tabulate, wilson_interval
+from src.networks import load
+from stages import evaluate as evaluate_stage
+from tests.helpers import contents
+from tests.project import Project
+
+OUTPUTS = (paths.PREDICTIONS, paths.TEST_METRICS, paths.CLASS_METRICS)
+
+
+def table_of(actual: list[str], probabilities: list[list[float]], classes: list[str]) -> pd.DataFrame:
+    places = pd.DataFrame({"path": [f"{row}.png" for row in range(len(actual))], "label": actual, "split": "test"})
+    return tabulate(places, np.array(probabilities), classes)
+
+
+# --- scores
+
+
+def test_scores_are_those_counted_by_hand() -> None:
+    # Of three cats, one is taken for a dog; of two dogs, one for a cat.
+    chances = [[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.5001, 0.4999]]
+    predictions = table_of(["cat", "cat", "cat", "dog", "dog"], chances, ["cat", "dog"])
+    assert predictions["predicted"].tolist() == ["cat", "cat", "dog", "dog", "cat"]
+    assert predictions["confidence"].tolist() == [0.9, 0.8, 0.6, 0.7, 0.5001]
+    overall, classes = score(predictions, ["cat", "dog"])
+    assert overall["accuracy"] == pytest.approx(3 / 5)
+    assert overall["loss"] == pytest.approx(-np.log([0.9, 0.8, 0.4, 0.7, 0.4999]).mean())
+    assert classes.to_dict("list") == {
+        "class": ["cat", "dog"],
+        "precision": [pytest.approx(2 / 3), pytest.approx(1 / 2)],
+        "recall": [pytest.approx(2 / 3), pytest.approx(1 / 2)],
+        "f1": [pytest.approx(2 / 3), pytest.approx(1 / 2)],
+        "images": [3, 2],
+    }
+    assert overall["macro_precision"] == overall["macro_recall"] == overall["macro_f1"] == pytest.approx(7 / 12)
+    assert overall["images"] == 5
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    classes = ["9", "10", "a"]  # an order that sorting by letter would break
+    rng = np.random.default_rng(0)
+    actual = rng.choice(classes, 300, p=[0.7, 0.2, 0.1]).tolist()
+    chances = rng.dirichlet([1, 1, 1], 300)
+    predictions = table_of(actual, chances.tolist(), classes)
+    overall, per_class = score(predictions, classes)
+    predicted = predictions["predicted"].tolist()
+    assert predicted == [classes[code] for code in chances.argmax(1)]
+    assert overall["accuracy"] == accuracy_score(actual, predicted)
+    assert overall["macro_f1"] == pytest.approx(f1_score(actual, predicted, average="macro"))
+    assert overall["macro_recall"] == pytest.approx(recall_score(actual, predicted, average="macro"))
+    assert per_class["recall"].tolist() == recall_score(actual, predicted, labels=classes, average=None).tolist()
+    assert overall["macro_precision"] == pytest.approx(precision_score(actual, predicted, average="macro"))
+    assert overall["loss"] == pytest.approx(log_loss(actual, chances[:, [1, 0, 2]], labels=["10", "9", "a"]))
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_that_of_newcombes_table(right: int, count: int, low: float, high: float) -> None:
+    """Newcombe (1998), Two-sided confidence intervals for the single proportion, Table I, method 3."""
+    assert wilson_interval(right, count) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    mirrored = wilson_interval(count - right, count)
+    assert mirrored == (pytest.approx(1 - high, abs=5e-5), pytest.approx(1 - low, abs=5e-5))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_is_never_predicted_or_has_no_test_image_scores_zero() -> None:
+    predictions = table_of(["a", "a", "b"], [[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.6, 0.3, 0.1]], ["a", "b", "c"])
+    overall, classes = score(predictions, ["a", "b", "c"])
+    assert classes["precision"].tolist() == [pytest.approx(2 / 3), 0, 0]
+    assert classes["recall"].tolist() == [1, 0, 0]
+    assert classes["images"].tolist() == [2, 1, 0]
+    assert overall["macro_recall"] == pytest.approx(1 / 3)
+    assert overall["loss"] == pytest.approx(-np.log([0.8, 0.7, 0.3]).mean())
+
+
+def test_a_sure_and_wrong_answer_costs_a_finite_loss() -> None:
+    overall, _ = score(table_of(["a", "b"], [[1.0, 0.0], [1.0, 0.0]], ["a", "b"]), ["a", "b"])
+    assert 0 < overall["loss"] < 100
+
+
+# --- predictions
+
+
+@pytest.mark.usefixtures("home")
+def test_probabilities_are_the_softmax_of_the_logits_and_sum_to_one() -> None:
+    network, _ = load(paths.MODEL)
+    table = read_dataset().table("test", torch.device("cpu"))
+    found = predict(network, table, batch=50)
+    assert found.shape == (len(table), 10)
+    assert np.abs(found.sum(1) - 1).max() < 1e-12
+    with torch.inference_mode():
+        logits = network(table.take(torch.arange(len(table)))[0]).double().numpy()
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert np.allclose(found, shares, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.usefixtures("home")
+def test_predicting_turns_dropout_off() -> None:
+    network, _ = load(paths.MODEL)
+    table = read_dataset().table("test", torch.device("cpu"))
+    still = predict(network, table, batch=50)
+    assert np.array_equal(predict(network.train(), table, batch=50), still)
+
+
+def test_the_stage_tells_of_each_test_image_in_its_order(home: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_stage.main()
+    said, errors = capsys.readouterr()
+    assert errors == ""
+    split = pd.read_csv(paths.SPLIT, dtype=str)
+    test = split[split["split"] == "test"]
+    written = pd.read_csv(paths.PREDICTIONS, dtype={"actual": str, "predicted": str})
+    chances = [f"p_{digit}" for digit in range(10)]
+    assert written.columns.tolist() == ["row", "path", "actual", "predicted", "confidence", *chances]
+    assert written["row"].tolist() == test.index.tolist()
+    assert written["path"].tolist() == test["path"].tolist()
+    assert written["actual"].tolist() == test["label"].tolist()
+    assert written["predicted"].tolist() == [str(code) for code in written[chances].to_numpy().argmax(1)]
+    assert np.allclose(written["confidence"], written[chances].max(axis=1))
+    assert np.allclose(written[chances].sum(axis=1), 1, atol=1e-5)
+
+    metrics = home.json(str(paths.TEST_METRICS))
+    right = (written["actual"] == written["predicted"]).mean()
+    assert metrics["accuracy"] == right
+    assert metrics["images"] == len(test)
+    assert f"test accuracy {right:.2%} (95 % interval" in said
+    classes = pd.read_csv(paths.CLASS_METRICS)
+    assert classes["class"].tolist() == list(range(10))
+    assert classes["images"].sum() == len(test)
+
+
+@pytest.mark.usefixtures("home")
+def test_only_the_test_images_are_judged() -> None:
+    evaluate_stage.main()
+    before = [file.read_bytes() for file in OUTPUTS]
+    images = np.load(paths.IMAGES)
+    images[pd.read_csv(paths.SPLIT)["split"] != "test"] = 0
+    np.save(paths.IMAGES, images)
+    evaluate_stage.main()
+    assert [file.read_bytes() for file in OUTPUTS] == before
+
+
+def test_the_size_of_a_batch_changes_nothing_that_matters(home: Project) -> None:
+    found = []
+    for batch in (512, 1, 7):
+        home.set(evaluate__batch=batch)
+        evaluate_stage.main()
+        found.append((pd.read_csv(paths.PREDICTIONS), home.json(str(paths.TEST_METRICS))))
+    chances = [f"p_{digit}" for digit in range(10)]
+    for written, metrics in found[1:]:
+        assert written["predicted"].equals(found[0][0]["predicted"])
+        assert np.allclose(written[chances], found[0][0][chances], rtol=2e-5, atol=1e-7)
+        assert metrics == {name: pytest.approx(value, rel=1e-6) for name, value in found[0][1].items()}
+
+
+def test_judging_twice_gives_the_same_bytes(home: Project) -> None:
+    evaluate_stage.main()
+    before = contents(home.folder)
+    evaluate_stage.main()
+    assert contents(home.folder) == before
+
+
+def test_names_of_classes_may_hold_commas_quotes_and_newlines(tmp_path: Path) -> None:
+    names = ["a, b", 'the "c"', "d\ne", "été"]
+    chances = np.eye(4) * 0.6 + 0.1
+    predictions = table_of(names, chances.tolist(), names)
+    overall, classes = score(predictions, names)
+    assert overall["accuracy"] == 1
+    for number, table in enumerate((predictions, classes)):
+        file = tmp_path / f"{number}.csv"
+        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        assert [row["actual" if number == 0 else "class"] for row in rows] == names
+    assert list(predictions.columns[5:]) == [f"p_{name}" for name in names]
+
+
+# --- mistakes
+
+
+def rename_a_class(home: Project) -> None:
+    split = home.folder / paths.SPLIT
+    split.write_text(split.read_text().replace(",9,", ",nine,"))
+
+
+def enlarge(home: Project) -> None:
+    images = home.folder / paths.IMAGES
+    np.save(images, np.load(images).repeat(2, axis=1).repeat(2, axis=2))
+
+
+def colour(home: Project) -> None:
+    images = home.folder / paths.IMAGES
+    np.save(images, np.load(images).repeat(3, axis=3))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (rename_a_class, "models/model.safetensors was trained on other classes than data/split.csv has"),
+        (enlarge, "models/model.safetensors was trained on images of another shape than data/images.npy"),
+        (colour, "models/model.safetensors was trained on images of another shape than data/images.npy"),
+        (lambda home: (home.folder / paths.MODEL).write_bytes(b""), "model.safetensors is no model of this pipeline"),
+        (lambda home: home.set(evaluate__device="mps"), "the device 'mps' is asked for, but torch finds none"),
+    ],
+    ids=["classes", "size", "channels", "damaged", "device"],
+)
+def test_what_cannot_be_judged_is_one_sentence_and_costs_no_older_output(
+    home: Project,
+    sentence_of: Callable[[Callable[[], None]], str],
+    change: Callable[[Project], object],
+    words: str,
+) -> None:
+    if "'mps'" in words and torch.backends.mps.is_available():
+        pytest.skip("there is an MPS device")
+    evaluate_stage.main()
+    change(home)
+    before = contents(home.folder)
+    assert words in sentence_of(evaluate_stage.main)
+    assert contents(home.folder) == before

@@ -1,0 +1,251 @@
+"""The plot stage: six figures and a report that stand alone, for any classes, the same bytes at every run."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src import figures, paths
+from src.params import load_params
+from tests.helpers import ROOT, assert_fails, contents, digits, run_stage
+
+NAMES = ["curves.png", "confusion.png", "classes.png", "examples.png", "mistakes.png", "augmented.png", "report.html"]
+HOSTILE = ["<b>bold</b>", "a&b", "$x_1", "two\nlines", "long " * 60, "été \"quoted\" 'name'", "犬", "tab\there"]
+
+
+def results_of(classes: Sequence[str], right: float = 0.9, epochs: int = 3, channels: int = 3) -> figures.Results:
+    """Real digits under the given classes' names, in turn, of which a share is named correctly."""
+    count = max(60, len(classes))
+    random = np.random.default_rng(0)
+    images = np.repeat(digits()[0][:: 5000 // count][:count, ..., None], channels, axis=3)
+    predictions = [
+        figures.Prediction(row, f"{actual}/{row}.png", actual, actual if hit else classes[place - 1], float(sure))
+        for row, (hit, sure) in enumerate(zip(random.random(count) < right, random.uniform(0.4, 1, count), strict=True))
+        for place in [row % len(classes)]
+        for actual in [classes[place]]
+    ]
+    hits = sum(found.right for found in predictions)
+    curve = [(epoch, epoch / (epochs + 1)) for epoch in range(1, epochs + 1)]
+    return figures.Results(
+        images=images,
+        augmented=images[:8],
+        predictions=predictions,
+        classes=classes,
+        history={metric: {"train": curve, "validation": curve} for metric in ("accuracy", "loss")},
+        scores=[figures.Score(name, 0.9, 0.8, 0.85, 6) for name in classes],
+        training={"best_epoch": epochs, "best_validation_accuracy": 0.75, "parameters": 1234, "train_images": 4000},
+        test={"accuracy": hits / count, "accuracy_low": 0.7, "accuracy_high": 0.95, "macro_f1": 0.9, "images": count},
+        data={"rejected": 7, "classes": {name: {"train": 5, "validation": 1, "test": 2} for name in classes}},
+        origin={"source": "folder", "licence": "CC-BY <4.0>", "url": "https://example.org/?a=1&b=2"},
+        settings=load_params(ROOT / paths.PARAMS).model_dump(),
+    )
+
+
+@cache
+def drawn(
+    *classes: str, right: float = 0.9, epochs: int = 3, channels: int = 3, examples: int = 25
+) -> dict[str, bytes]:
+    return figures.draw(results_of(classes, right, epochs, channels), seed=0, examples=examples)
+
+
+class Page(HTMLParser):
+    """A page taken apart: its tags with their attributes, and its text."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(content.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write_inputs(folder: Path, results: figures.Results) -> None:
+    """Write what the earlier stages would have written."""
+    for name in (
+        paths.TRAIN_LOG / "plots/metrics/train",
+        paths.TRAIN_LOG / "plots/metrics/validation",
+        paths.IMAGES.parent,
+    ):
+        (folder / name).mkdir(parents=True)
+    np.save(folder / paths.IMAGES, results.images)
+    np.save(folder / paths.AUGMENTED, results.augmented)
+    with (folder / paths.PREDICTIONS).open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        columns = [field.name for field in dataclasses.fields(figures.Prediction)]
+        table.writerow(columns + [f"p_{name}" for name in results.classes])
+        table.writerows([*dataclasses.astuple(found), *(0.1 for _ in results.classes)] for found in results.predictions)
+    with (folder / paths.CLASS_METRICS).open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["class", "precision", "recall", "f1", "images"])
+        table.writerows(dataclasses.astuple(score) for score in results.scores)
+    for metric, parts in results.history.items():
+        for part, curve in parts.items():
+            lines = [f"step\t{metric}", *(f"{epoch}\t{value}" for epoch, value in curve)]
+            (folder / paths.TRAIN_LOG / f"plots/metrics/{part}/{metric}.tsv").write_text("\n".join(lines) + "\n")
+    (folder / paths.TRAIN_LOG / "metrics.json").write_text(json.dumps(results.training))
+    for path, record in (
+        (paths.TEST_METRICS, results.test),
+        (paths.DATA_METRICS, results.data),
+        (paths.ORIGIN, results.origin),
+    ):
+        (folder / path).write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def plotted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the stage has run on classes with the worst names."""
+    folder = tmp_path_factory.mktemp("plotted")
+    write_inputs(folder, results_of(HOSTILE))
+    done = run_stage(folder, "plot")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder
+
+
+def test_the_stage_writes_every_figure_and_the_report(plotted: Path) -> None:
+    assert sorted(path.name for path in (plotted / paths.PLOTS).iterdir()) == sorted(NAMES)
+
+
+def test_what_the_stage_reads_is_what_was_written(plotted: Path) -> None:
+    assert {name: (plotted / paths.PLOTS / name).read_bytes() for name in NAMES} == drawn(*HOSTILE)
+
+
+def test_another_run_gives_the_same_bytes_whatever_the_users_matplotlib_is_set_to(
+    plotted: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(plotted, again)
+    shutil.rmtree(again / paths.PLOTS)
+    (again / "matplotlibrc").write_text("axes.facecolor: black\nfont.size: 20\nlines.linewidth: 9\n")
+    assert run_stage(again, "plot").returncode == 0
+    assert contents(again / paths.PLOTS) == contents(plotted / paths.PLOTS)
+
+
+def test_a_missing_input_is_one_sentence_and_older_plots_stay(plotted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(plotted, folder)
+    (folder / paths.PREDICTIONS).unlink()
+    assert_fails(folder, "plot", "data/predictions.csv is missing", "dvc repro")
+
+
+def test_a_run_that_is_interrupted_while_writing_leaves_the_older_plots(plotted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(plotted, folder)
+    full = "import pathlib\nwrite = pathlib.Path.write_bytes\ndef stop(path, content):\n"
+    full += "    if 'report' in path.name: raise OSError(28, 'No space left on device', str(path))\n"
+    full += "    return write(path, content)\npathlib.Path.write_bytes = stop"
+    assert_fails(folder, "plot", "disk is full", before=full, plot={"seed": 5})
+
+
+def test_the_stage_never_imports_torch_or_pandas(plotted: Path) -> None:
+    check = "import atexit, sys\nheavy = {'torch', 'pandas', 'matplotlib.pyplot'}\n"
+    check += "atexit.register(lambda: print(heavy & set(sys.modules)))"
+    assert run_stage(plotted, "plot", before=check).stdout.strip() == "set()"
+
+
+def test_the_report_loads_nothing_from_anywhere() -> None:
+    page = drawn(*HOSTILE)["report.html"]
+    loaded = [
+        value or ""
+        for _, found in Page(page).tags
+        for name, value in found.items()
+        if name in {"src", "srcset", "href"}
+    ]
+    assert loaded
+    assert [value for value in loaded if not value.startswith(("data:image/", "#"))] == []
+    assert not re.search(rb"url\(|@import|<script|<link|<iframe", page)
+    assert b"default-src 'none'" in page
+
+
+def test_each_picture_of_the_report_says_what_it_shows() -> None:
+    pictures = [found for tag, found in Page(drawn("cat", "dog")["report.html"]).tags if tag == "img"]
+    assert len(pictures) > 25
+    assert all(found.get("alt") for found in pictures)
+
+
+def test_the_report_says_the_result_the_settings_and_the_origin() -> None:
+    results = results_of(["cat", "dog"])
+    text = Page(drawn("cat", "dog")["report.html"]).text.replace("\N{NO-BREAK SPACE}", " ")
+    accuracy = f"{results.test['accuracy']:.1%}".replace("%", " %")
+    for words in (accuracy, "70.0 %", "95.0 %", "60", "1,234", "CC-BY <4.0>", "max_rejected", "dvc repro", "rejected"):
+        assert words in text, words
+
+
+def test_hostile_names_are_shown_as_they_are_and_never_become_markup() -> None:
+    page = Page(drawn(*HOSTILE)["report.html"])
+    text = " ".join(page.text.split())
+    assert [name for name in HOSTILE if " ".join(name.split()) not in text] == []
+    assert sum(tag == "b" for tag, _ in page.tags) <= 3  # the report's own
+    assert "quoted" not in {name for _, found in page.tags for name in found}
+
+
+@pytest.mark.parametrize("count", [2, 60])
+def test_few_and_many_classes_are_drawn(count: int) -> None:
+    files = drawn(*(f"class number {place}" for place in range(count)))
+    width, height = Image.open(io.BytesIO(files["confusion.png"])).size
+    assert (width > 1000) == (height > 1000) == (count == 60)
+    assert list(files) == NAMES
+
+
+def test_a_perfect_network_of_one_epoch_on_gray_images_has_a_complete_report() -> None:
+    files = drawn("cat", "dog", right=1, epochs=1, channels=1)
+    assert list(files) == NAMES
+    assert "There are none" in Page(files["report.html"]).text
+
+
+def test_right_and_wrong_differ_without_colour() -> None:
+    image = results_of(["cat", "dog"]).images[0]
+    found = [figures.Prediction(0, "a.png", "cat", predicted, 0.7) for predicted in ("cat", "dog")]
+    right, wrong = (figures.gallery([image], [one], "one") for one in found)
+    words = [[text.get_text() for text in figure.texts[1:]] for figure in (right, wrong)]
+    assert words == [["✓ cat", "70\xa0% sure"], ["✗ dog", "70\xa0% sure", "is cat"]]
+    assert [len(figure.artists) for figure in (right, wrong)] == [0, 1]  # the frame
+
+
+def test_mistakes_come_with_the_most_confident_first() -> None:
+    results = results_of(["cat", "dog"], right=0.5)
+    page = Page(drawn("cat", "dog", right=0.5, examples=3)["report.html"])
+    wrong = sorted((found for found in results.predictions if not found.right), key=lambda found: -found.confidence)
+    shown = [found["title"] for tag, found in page.tags if tag == "img" and "title" in found]
+    assert shown[-3:] == [found.path for found in wrong[:3]]
+
+
+def test_the_seed_draws_the_examples() -> None:
+    other = figures.draw(results_of(["cat", "dog"]), seed=1, examples=25)
+    changed = {name for name, content in drawn("cat", "dog").items() if other[name] != content}
+    assert changed == {"examples.png", "report.html"}
+
+
+@pytest.mark.parametrize("side", [28, 128, 300])
+def test_images_of_any_size_become_tiles_of_like_size(side: int) -> None:
+    image = np.full((side, side, 1), 200, np.uint8)
+    width, height = figures.gallery([image] * 25, [], "tiles").get_size_inches() * figures.DPI
+    assert 700 < width < 850
+    assert 700 < height < 900
+
+
+def test_a_percentage_says_100_only_where_all_is_right() -> None:
+    shown = [figures.percent(share) for share in (1, 0.99996, 0.5, 0)]
+    assert shown == ["100.0\xa0%", "99.9\xa0%", "50.0\xa0%", "0.0\xa0%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\nb\x07c", "a b c"), ("x" * 9, "x" * 9), ("front and back", "front…ck")]
+)
+def test_a_name_is_shortened_to_one_line_in_the_middle(name: str, shown: str) -> None:
+    assert figures.short(name, 8 if " " in name else 9) == shown

@@ -1,0 +1,181 @@
+"""The commands that users type, with real DVC, in a clone of the project of each test's own."""
+
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tests.project import Project, stages_run
+
+
+@pytest.fixture
+def inbox(project: Project) -> Callable[[str], Path]:
+    """A way to put class folders of scikit-learn's 8x8 digits into a folder, 20 of each of 0, 1 and 2."""
+    digits = load_digits()
+
+    def fill(name: str) -> Path:
+        folder = project.folder / name
+        for label in (0, 1, 2):
+            (folder / f"digit {label}").mkdir(parents=True)
+            for number, pixels in enumerate(digits.images[digits.target == label][:20]):
+                Image.fromarray((pixels * 15).astype("uint8")).save(folder / f"digit {label}" / f"{number}.png")
+        return folder
+
+    project.set(train__batch=16, train__epochs=1)
+    return fill
+
+
+def test_a_second_repro_runs_nothing_and_takes_two_seconds(project: Project) -> None:
+    project.dvc("repro")  # the copy's files have new inodes, which DVC hashes once
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = project.dvc("repro")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Seconds of the processor, which other tests beside this one do not lengthen; alone it is the time on the clock.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert stages_run(output) == []
+    assert "up to date" in output
+
+
+def test_a_fresh_clone_gets_the_same_results_again(project: Project, trained: Path, tmp_path: Path) -> None:
+    project.git("clone", "--quiet", str(trained), str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone")
+    # Plots and metrics came with the clone; they are right as long as what they are made of comes out the same.
+    assert stages_run(clone.dvc("repro")) == ["download", "prepare", "split", "train", "evaluate"]
+    assert clone.git("status", "--short") == ""
+    clone.dvc("repro", "--force", "--single-item", "plot")
+    assert clone.git("status", "--short") == ""
+
+
+def test_another_split_decodes_nothing_again(project: Project) -> None:
+    project.set(split__seed=1)
+    assert stages_run(project.dvc("repro")) == ["split", "train", "evaluate", "plot"]
+
+
+def test_a_change_to_a_figure_trains_nothing_again(project: Project) -> None:
+    with (project.folder / "src/figures.py").open("a", encoding="utf-8") as file:
+        file.write("# a change\n")
+    assert stages_run(project.dvc("repro")) == ["plot"]
+
+
+def test_a_change_to_the_evaluation_trains_nothing_again(project: Project) -> None:
+    project.set(evaluate__batch=100)
+    assert stages_run(project.dvc("repro")) == ["evaluate", "plot"]
+
+
+def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
+    project.dvc("exp", "run", "--name", "longer", "-S", "train.epochs=3")
+    diff = json.loads(project.dvc("metrics", "diff", "--json"))
+    accuracy = diff["metrics/test.json"]["accuracy"]
+    assert accuracy["new"] > accuracy["old"]
+    assert diff["metrics/train/metrics.json"]["best_epoch"] == {"old": 1, "new": 3, "diff": 2}
+    assert "train.epochs" in project.dvc("params", "diff")
+    assert "longer" in project.dvc("exp", "show", "--csv")
+    assert project.json("metrics/train/metrics.json")["step"] == 3
+
+    project.dvc("plots", "diff")
+    page = (project.folder / "dvc_plots/index.html").read_text(encoding="utf-8")
+    for title in (
+        "Cross entropy after each epoch",
+        "Accuracy after each epoch",
+        "Test images, as a share",
+        "F1 of each",
+    ):
+        assert title in page
+    assert "workspace" in page
+    assert "HEAD" in page
+
+
+def test_a_run_in_a_temporary_folder_leaves_the_workspace_alone(project: Project) -> None:
+    before = project.bytes("models/model.safetensors"), project.git("status", "--short")
+    project.dvc("exp", "run", "--temp", "--name", "aside", "-S", "train.lr=3e-3")
+    assert (project.bytes("models/model.safetensors"), project.git("status", "--short")) == before
+    project.dvc("exp", "apply", "aside")
+    assert project.bytes("models/model.safetensors") != before[0]
+    assert yaml.safe_load(project.bytes("params.yaml"))["train"]["lr"] == 3e-3
+
+
+def test_queued_experiments_run_side_by_side(project: Project) -> None:
+    project.dvc("exp", "run", "--queue", "-S", "train.lr=1e-3,3e-4")
+    # The workers keep the caller's stdout open, so they get a file of their own.
+    with (project.folder / "worker.log").open("w") as log:
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        subprocess.run(
+            ["dvc", "queue", "start", "-j", "2"], cwd=project.folder, env=environment, stdout=log, stderr=log
+        )
+    try:
+        for _ in range(120):
+            status = project.dvc("queue", "status")
+            if status.count("Success") == 2 or "Failed" in status:
+                break
+            time.sleep(1)
+        assert status.count("Success") == 2, status
+    finally:
+        project.dvc("queue", "stop")
+    rows = project.dvc("exp", "show", "--csv").splitlines()
+    rates = {row["train.lr"] for row in _csv(rows) if row["typ"] == "branch_commit" or row["typ"] == "branch_base"}
+    assert rates == {"0.001", "0.0003"}
+
+
+def test_a_typo_in_params_is_one_sentence_and_loses_nothing(project: Project) -> None:
+    model = project.bytes("models/model.safetensors")
+    file = project.folder / "params.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("lr: 0.001", "lr: 1e-3"), encoding="utf-8")
+    project.set(split__seed=1)
+    text = file.read_text(encoding="utf-8").replace("lr: '1e-3'", "lr: '1e-3'")
+    file.write_text(text, encoding="utf-8")
+    output = project.dvc("repro", code=None)
+    assert "train.lr is '1e-3' (str)" in output
+    assert "write 1.0e-4" in output
+    assert "Traceback" not in output
+    project.git("checkout", "--quiet", "params.yaml", "metrics", "plots")
+    project.dvc("checkout")
+    assert project.bytes("models/model.safetensors") == model
+    assert stages_run(project.dvc("repro")) == []
+
+
+def test_images_in_the_inbox_reach_workspace_and_temporary_runs(project: Project, inbox: Callable[[str], Path]) -> None:
+    folder = inbox("data/inbox")
+    project.set(download__source="folder")
+    assert stages_run(project.dvc("repro")) == ["download", "prepare", "split", "train", "evaluate", "plot"]
+    assert project.json("metrics/data.json")["images"] == 60
+    assert stages_run(project.dvc("repro")) == []
+    project.commit()
+
+    # Twice in a temporary folder, since a run that DVC's run cache remembers must not hide a further change.
+    for left, name in ((59, "0.png"), (58, "1.png")):
+        (folder / "digit 0" / name).unlink()
+        output = project.dvc("exp", "run", "--temp", "--name", f"with-{left}", "split")
+        assert stages_run(output) == ["download", "prepare", "split"]
+    project.dvc("repro", "split")
+    assert project.json("metrics/data.json")["images"] == 58
+    project.git("checkout", "--quiet", ".")
+    project.dvc("exp", "apply", "with-59")
+    assert project.json("metrics/data.json")["images"] == 59
+
+
+def test_a_folder_outside_the_repository_is_watched(project: Project, inbox: Callable[[str], Path]) -> None:
+    folder = inbox("../photos of mine")
+    project.set(download__source="folder", download__path=str(folder.resolve()))
+    project.dvc("repro", "split")
+    assert project.json("metrics/data.json")["images"] == 60
+    assert stages_run(project.dvc("repro", "split")) == []
+    project.commit()
+    (folder / "digit 0" / "0.png").unlink()
+    output = project.dvc("exp", "run", "--temp", "--name", "outside", "split")
+    assert stages_run(output) == ["download", "prepare", "split"]
+    project.dvc("exp", "apply", "outside")
+    assert project.json("metrics/data.json")["images"] == 59
+
+
+def _csv(lines: list[str]) -> list[dict[str, str]]:
+    return list(csv.DictReader(lines))

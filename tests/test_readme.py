@@ -1,0 +1,32 @@
+"""What the README says is what the project does."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from src.params import load_params
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_lines_for_animals10_fit_into_the_default_params(tmp_path: Path) -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for name, section in yaml.safe_load(README.split("```yaml\n")[1].split("```")[0]).items():
+        params[name] |= section
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    assert load_params(tmp_path / "params.yaml").download.dataset == "alessiocorrado99/animals10"
+
+
+def test_the_result_that_it_tells_is_the_committed_one() -> None:
+    test = json.loads((ROOT / "metrics/test.json").read_text(encoding="utf-8"))
+    share, low, high = (f"{100 * test[name]:.1f}" for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    assert f"{share} % of {test['images']:,} test images right (95 % interval {low} to {high} %)" in README
+
+
+def test_every_file_that_it_names_is_there() -> None:
+    names = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", README)
+    assert len(names) > 5
+    assert [name for pair in names for name in pair if name and not (ROOT / name).exists()] == []

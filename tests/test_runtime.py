@@ -1,0 +1,94 @@
+"""Outputs appear whole or not at all, and what goes wrong for the user's reasons is one sentence."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.runtime import PipelineError, in_sight, run, whole
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_all_targets_appear_together(tmp_path: Path) -> None:
+    file, folder = tmp_path / "new/a.txt", tmp_path / "b"
+    write(folder / "old.txt", "old")
+    with whole(file, folder) as (part, parts):
+        write(part, "a")
+        write(parts / "new.txt", "new")
+        assert not file.exists()
+        assert (folder / "old.txt").exists()
+    assert file.read_text() == "a"
+    assert names(folder) == ["new.txt"]
+    assert names(tmp_path) == ["b", "new"]
+
+
+def test_a_failure_leaves_every_target_as_it_was(tmp_path: Path) -> None:
+    file, folder = write(tmp_path / "a.txt", "old"), write(tmp_path / "b/c.txt", "old").parent
+    with pytest.raises(KeyboardInterrupt), whole(file, folder) as (part, parts):  # noqa: PT012
+        write(part, "new")
+        write(parts / "c.txt", "new")
+        raise KeyboardInterrupt
+    assert (file.read_text(), (folder / "c.txt").read_text()) == ("old", "old")
+    assert names(tmp_path) == ["a.txt", "b"]
+
+
+def test_a_watched_folder_grows_in_its_place_and_a_failure_brings_the_former_back(tmp_path: Path) -> None:
+    log = write(tmp_path / "log/a.txt", "old").parent
+    with pytest.raises(PipelineError), in_sight(log) as folder:  # noqa: PT012
+        write(folder / "b.txt", "new")
+        assert names(log) == ["b.txt"]
+        raise PipelineError
+    assert (log / "a.txt").read_text() == "old"
+    with in_sight(log) as folder:
+        write(folder / "b.txt", "new")
+    assert names(log) == ["b.txt"]
+    assert names(tmp_path) == ["log"]
+
+
+def test_the_former_folder_of_a_killed_run_is_not_lost(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    write(tmp_path / ".log.part/a.txt", "old")  # where a kill leaves the former one,
+    write(log / "a.txt", "half")  # and what it had begun
+    with pytest.raises(PipelineError), in_sight(log):
+        raise PipelineError
+    assert (log / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PipelineError("the words\nof an error"), "the words of an error"),
+        (OSError(errno.ENOSPC, "full", "data/x"), "the disk is full at data/x; free some space"),
+        (PermissionError(errno.EACCES, "denied", "data/x"), "no permission at data/x (denied)"),
+        (MemoryError(), "the memory is full; use a smaller train.batch"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the memory is full; use a smaller train.batch"),
+        (KeyboardInterrupt(), "interrupted; nothing was half-written"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_user_can_mend_is_one_sentence(
+    error: BaseException, words: str, sentence_of: Callable[[Callable[[], None]], str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    assert words in sentence_of(main)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(main)

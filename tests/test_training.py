@@ -1,0 +1,407 @@
+"""Training repeats itself byte for byte, keeps its best epoch, and loses nothing when it fails or is stopped."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from src import paths, training
+from src.batches import Dataset, read_dataset, step_generator
+from src.networks import Network, build, initialize, load, make_card
+from src.params import load_params
+from src.runtime import PipelineError
+from src.training import Record, evaluate, fit, make_fabric, train_step
+from stages import evaluate as evaluate_stage
+from stages import train as train_stage
+from tests.helpers import ROOT, contents, environment, is_one_sentence, succeed
+from tests.project import Project
+
+CPU = torch.device("cpu")
+
+
+def a_network(data: Dataset, dropout: float = 0.0) -> Network:
+    params = load_params().model.model_copy(update={"dropout": dropout})
+    size, channels = data.images.shape[2:]
+    card = make_card(params, size=size, channels=channels, classes=data.classes)
+    network = build(card, mean=[33.0], deviation=[78.0])
+    initialize(network, step_generator(0, 0, 0, CPU))
+    return network.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
+
+
+def fitted(data: Dataset, network: Network | None = None, **changes: object) -> list[Record]:
+    """Train on the CPU with changed params, and give the records."""
+    params = load_params().train.model_copy(update={"flip": False, "shift": 0, **changes})
+    train, validation = data.table("train", CPU), data.table("validation", CPU)
+    return list(fit(network or a_network(data), train, validation, params, make_fabric(params)))
+
+
+@pytest.fixture
+def data(home: Project) -> Dataset:  # noqa: ARG001
+    return read_dataset()
+
+
+def trained_outputs(home: Project) -> dict[str, bytes]:
+    """All that the train stage writes, and what it might forget to tidy up."""
+    mine = ("models/", "metrics/train/", "data/augmented.npy")
+    return {name: data for name, data in contents(home.folder).items() if name.startswith(mine) or ".part" in name}
+
+
+# --- the same bytes
+
+
+def test_training_twice_gives_the_same_bytes_in_another_process_and_folder(
+    finished: Project, home: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained_outputs(finished)
+    for name in first:
+        (home.folder / name).unlink()
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    params = yaml.safe_load(home.bytes("params.yaml"))
+    succeed(home.folder, "train", train=params["train"], model=params["model"])
+    assert trained_outputs(home) == first
+    assert sorted(first) == [
+        "data/augmented.npy",
+        "metrics/train/metrics.json",
+        "metrics/train/plots/metrics/train/accuracy.tsv",
+        "metrics/train/plots/metrics/train/loss.tsv",
+        "metrics/train/plots/metrics/validation/accuracy.tsv",
+        "metrics/train/plots/metrics/validation/loss.tsv",
+        "models/model.safetensors",
+        "models/snapshots/epoch-0001.safetensors",
+        "models/snapshots/epoch-0002.safetensors",
+    ]
+
+
+def scramble(split: str) -> None:
+    """Write noise over the images of a split."""
+    rows = np.flatnonzero(pd.read_csv(paths.SPLIT)["split"] == split)
+    images = np.load(paths.IMAGES)
+    images[rows] = np.random.default_rng(0).integers(0, 256, images[rows].shape, dtype=np.uint8)
+    np.save(paths.IMAGES, images)
+
+
+def test_training_never_sees_a_test_image_nor_any_global_seed(finished: Project, home: Project) -> None:
+    scramble("test")
+    torch.manual_seed(1234)
+    train_stage.main()
+    assert trained_outputs(home) == trained_outputs(finished)
+    scramble("validation")  # which does count: the test above can fail
+    train_stage.main()
+    assert trained_outputs(home) != trained_outputs(finished)
+
+
+def test_training_moves_no_global_chance(data: Dataset) -> None:
+    network = a_network(data, dropout=0.5)
+    state = torch.get_rng_state()
+    fitted(data, network, epochs=1, flip=True, shift=2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_another_seed_trains_another_model(finished: Project, home: Project) -> None:
+    home.set(train__seed=1, train__epochs=1)
+    train_stage.main()
+    first = "models/snapshots/epoch-0001.safetensors"
+    assert home.bytes(first) != finished.bytes(first)
+
+
+def test_the_augmented_examples_are_the_first_that_training_sees(home: Project) -> None:
+    home.set(train__batch=10)
+    train_stage.main()
+    seen = np.load(home.folder / paths.AUGMENTED)
+    assert (seen.shape, seen.dtype) == ((10, 28, 28, 1), np.uint8)
+    home.set(train__batch=64)
+    train_stage.main()
+    assert np.array_equal(np.load(home.folder / paths.AUGMENTED)[:10, 0, 0], seen[:, 0, 0])
+    assert len(np.load(home.folder / paths.AUGMENTED)) == train_stage.SEEN
+
+
+# --- what is kept
+
+
+def test_the_model_is_the_best_epoch_by_validation_not_the_last(home: Project) -> None:
+    home.set(train__epochs=5, train__lr=2.0e-2, train__shift=0, train__flip=False)
+    train_stage.main()
+    accuracy = pd.read_csv("metrics/train/plots/metrics/validation/accuracy.tsv", sep="\t")["accuracy"]
+    summary = home.json("metrics/train/metrics.json")
+    best = int(accuracy.argmax()) + 1
+    assert (accuracy == accuracy.max()).sum() == 1
+    assert best < 5, "the test needs an epoch after the best one"
+    assert summary["best_epoch"] == best
+    assert summary["best_validation_accuracy"] == pytest.approx(accuracy.max())
+    assert home.bytes("models/model.safetensors") == home.bytes(f"models/snapshots/epoch-{best:04}.safetensors")
+    # The file's weights, loaded again, reach what is promised.
+    network, _ = load(paths.MODEL)
+    assert evaluate(network, read_dataset().table("validation", CPU), 64)[1] == pytest.approx(accuracy.max())
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """The validation losses and accuracies that training is told, instead of those it would measure."""
+    told: list[tuple[float, float]] = []
+    monkeypatch.setattr(training, "evaluate", lambda *_: told.pop(0))
+    return told
+
+
+def test_the_loss_decides_between_epochs_of_equal_accuracy(data: Dataset, script: list[tuple[float, float]]) -> None:
+    script += [(0.9, 0.5), (0.8, 0.5), (0.8, 0.5), (0.1, 0.4), (2.0, 0.6)]
+    assert [record.best for record in fitted(data, epochs=5, batch=400)] == [True, True, False, False, True]
+
+
+def test_patience_counts_the_epochs_since_the_best(data: Dataset, script: list[tuple[float, float]]) -> None:
+    worse = (1.0, 0.1)
+    script += [(1.0, 0.5), worse, (1.0, 0.6), worse, worse, (1.0, 0.9), worse]
+    assert [record.epoch for record in fitted(data, epochs=7, batch=400, patience=2)] == [1, 2, 3, 4, 5]
+
+
+def test_without_patience_every_epoch_is_trained(data: Dataset, script: list[tuple[float, float]]) -> None:
+    script += [(1.0, 0.5)] * 7
+    assert [record.epoch for record in fitted(data, epochs=7, batch=400, patience=0)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, []), (2, [2]), (1, [1, 2, 3])])
+def test_snapshots_are_kept_as_often_as_asked(home: Project, every: int, kept: list[int]) -> None:
+    home.set(train__epochs=3, train__snapshot_every=every, train__batch=400)
+    train_stage.main()
+    assert sorted(file.name for file in paths.SNAPSHOTS.iterdir()) == [f"epoch-{n:04}.safetensors" for n in kept]
+
+
+# --- the arithmetic
+
+
+def reference_steps(network: Network, steps: list[tuple[Tensor, Tensor]], lr: float) -> list[Tensor]:
+    """Cross entropy and Adam (Kingma and Ba 2015) written out."""
+    weights = list(network.parameters())
+    first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+    for count, (images, labels) in enumerate(steps, start=1):
+        log_shares = network(images).log_softmax(1)
+        loss = -log_shares[torch.arange(len(labels)), labels].mean()
+        for weight, m, v, slope in zip(weights, first, second, torch.autograd.grad(loss, weights), strict=True):
+            m.mul_(0.9).add_(0.1 * slope)
+            v.mul_(0.999).add_(0.001 * slope**2)
+            step = lr * (m / (1 - 0.9**count)) / ((v / (1 - 0.999**count)).sqrt() + 1e-8)
+            weight.data -= step
+    return weights
+
+
+def test_three_steps_are_those_of_adam_on_the_cross_entropy(data: Dataset) -> None:
+    table, lr = data.table("train", CPU), 1e-3
+    steps = [table.take(torch.arange(start, start + 32)) for start in (0, 100, 200)]
+    network = a_network(data).train()
+    expected = reference_steps(copy.deepcopy(network), steps, lr)
+    fabric = make_fabric(load_params().train.model_copy(update={"device": "cpu"}))
+    model, optimizer = fabric.setup(network, Adam(network.parameters(), lr=lr, fused=True))
+    for images, labels in steps:
+        logits = network(images)
+        loss, right = train_step(model, optimizer, fabric, images, labels, step_generator(0, 1, 1, CPU))
+        assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-5)
+        assert right.item() == (logits.argmax(1) == labels).sum().item()
+    for mine, theirs in zip(network.parameters(), expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=0.02 * lr)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 10_000])
+def test_validation_weighs_each_image_alike_in_batches_of_any_size(data: Dataset, batch: int) -> None:
+    network, table = a_network(data), data.table("validation", CPU)
+    images, labels = table.take(torch.arange(len(table)))
+    logits = network.eval()(images).detach()
+    loss, accuracy = evaluate(network.train(), table, batch)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item(), rel=1e-6)
+
+
+def test_an_uneven_last_batch_counts_by_its_images(data: Dataset) -> None:
+    network, table = a_network(data), data.table("train", CPU)
+    assert len(table) % 100 not in (0, 100 // 2)
+    expected = evaluate(copy.deepcopy(network), table, 64)
+    (record,) = fitted(data, network, epochs=1, batch=100, lr=1e-12)  # so small that the weights stay
+    assert (record.train_loss, record.train_accuracy) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+def test_the_first_step_moves_weights_by_the_learning_rate(data: Dataset, lr: float) -> None:
+    network = a_network(data)
+    before = [weight.detach().clone() for weight in network.parameters()]
+    fitted(data, network, epochs=1, batch=len(data.table("train", CPU)), lr=lr)
+    moved = max((new - old).abs().max().item() for new, old in zip(network.parameters(), before, strict=True))
+    assert moved == pytest.approx(lr, rel=1e-2)
+
+
+def test_dropout_is_on_in_every_training_epoch_and_off_in_validation(data: Dataset) -> None:
+    network = a_network(data, dropout=0.9)
+    records = fitted(data, network, epochs=2, batch=64, lr=1e-12)
+    still = evaluate(copy.deepcopy(network), data.table("train", CPU), 64)[0]
+    for record in records:
+        assert abs(record.train_loss - still) > 1e-2
+    assert records[0].validation_loss == pytest.approx(records[1].validation_loss, rel=1e-6)
+
+
+def test_each_step_of_each_epoch_has_its_own_generator(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+
+    def spy(*parts: object) -> tuple[Tensor, Tensor]:
+        drawn.append(torch.rand(1, generator=parts[-1]).item())  # type: ignore[call-overload]
+        return torch.zeros(()), torch.zeros(())
+
+    monkeypatch.setattr(training, "train_step", spy)
+    fitted(data, epochs=3, batch=200, seed=7)
+    keys = [(7, epoch, step) for epoch in (1, 2, 3) for step in (1, 2, 3)]
+    assert drawn == [torch.rand(1, generator=step_generator(*key, CPU)).item() for key in keys]
+
+
+def test_bf16_computes_in_half_precision_and_keeps_whole_weights(data: Dataset) -> None:
+    networks = [a_network(data), a_network(data)]
+    seen: list[torch.dtype] = []
+    networks[1].layers[0].register_forward_hook(lambda _module, _given, out: seen.append(out.dtype))
+    (whole,), (half,) = (
+        fitted(data, network, epochs=1, precision=precision)
+        for network, precision in zip(networks, ("32", "bf16"), strict=True)
+    )
+    assert set(seen) == {torch.bfloat16}
+    assert {weight.dtype for weight in networks[1].parameters()} == {torch.float32}
+    assert half.train_loss == pytest.approx(whole.train_loss, rel=0.05)
+
+
+@pytest.mark.skipif(not os.environ.get("FULL"), reason="compiling takes a minute; FULL=1 runs it")
+def test_a_compiled_network_trains_alike_and_is_saved_alike(home: Project, data: Dataset) -> None:
+    plain = fitted(data, epochs=2)
+    compiled = fitted(data, epochs=2, compile=True)
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-3)
+    home.set(train__compile=True)
+    train_stage.main()
+    evaluate_stage.main()
+    assert load(paths.MODEL)[1].classes == list("0123456789")
+
+
+def test_three_epochs_of_the_sample_reach_ninety_percent_on_test(
+    sample: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sample.folder)
+    data = read_dataset()
+    network = a_network(data)
+    records = fitted(data, network, epochs=3, shift=2)
+    assert [record.epoch for record in records] == [1, 2, 3]
+    assert records[0].train_loss > records[1].train_loss > records[2].train_loss
+    assert evaluate(network, data.table("test", CPU), 512)[1] > 0.9
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__batch": 10_000}, "train.batch is 10,000, more than the 4"),
+        ({"train__lr": 1e30}, "the training loss is nan in epoch 1; use a smaller train.lr than 1e+30"),
+        ({"train__device": "cuda"}, "the device 'cuda' is asked for, but torch finds none"),
+        ({"model__name": "resnet"}, "model.name is 'resnet', expected one of"),
+    ],
+    ids=["batch", "lr", "device", "name"],
+)
+def test_a_mistake_is_one_sentence_and_costs_no_older_output(
+    home: Project, sentence_of: Callable[[Callable[[], None]], str], changes: dict[str, object], words: str
+) -> None:
+    if changes.get("train__device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    before = trained_outputs(home)
+    home.set(**changes)
+    assert words in sentence_of(train_stage.main)
+    assert trained_outputs(home) == before
+
+
+def test_a_failure_after_some_epochs_costs_no_older_output(
+    home: Project, sentence_of: Callable[[Callable[[], None]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_late(*parts: object) -> Iterator[Record]:
+        for record in fit(*parts):  # type: ignore[arg-type]
+            if record.epoch == 2:
+                raise PipelineError("something happened")
+            yield record
+
+    before = trained_outputs(home)
+    home.set(train__seed=5)
+    monkeypatch.setattr(train_stage, "fit", fails_late)
+    assert "something happened" in sentence_of(train_stage.main)
+    assert trained_outputs(home) == before
+
+
+# --- being stopped, and being watched
+
+
+@pytest.fixture
+def running(home: Project) -> Iterator[subprocess.Popen[str]]:
+    """A training that would take long, in a process group of its own, whose third epoch is on disk."""
+    home.set(train__epochs=1_000, train__seed=9)
+    log, former = home.folder / paths.TRAIN_LOG, home.folder / "metrics/.train.part"
+    curve = log / "plots/metrics/validation/loss.tsv"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"],
+        cwd=home.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            lengths: list[int] = []
+            while len(lengths) < 3:
+                assert process.poll() is None, process.communicate()
+                if former.exists() and curve.exists() and curve.stat().st_size not in lengths:
+                    lengths.append(curve.stat().st_size)
+                time.sleep(0.005)
+            assert lengths == sorted(lengths), "the curve grows while training goes on"
+            assert (log / "metrics.json").exists()
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_is_one_sentence_and_costs_no_older_output(
+    finished: Project, home: Project, running: subprocess.Popen[str]
+) -> None:
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert is_one_sentence("train", running.returncode, errors, "interrupted; nothing was half-written")
+    assert trained_outputs(home) == trained_outputs(finished)
+
+
+def test_a_killed_training_leaves_the_older_model_and_the_next_one_tidies_up(
+    finished: Project, home: Project, running: subprocess.Popen[str]
+) -> None:
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate(timeout=60)
+    older = trained_outputs(finished)
+    kept = [name for name in older if not name.startswith("metrics/")]
+    assert [home.bytes(name) for name in kept] == [older[name] for name in kept]
+    home.set(train__epochs=2, train__seed=0)
+    train_stage.main()
+    assert trained_outputs(home) == older
+
+
+def test_nothing_but_a_line_an_epoch_is_printed_where_nobody_watches(finished: Project) -> None:
+    assert finished.bytes("stderr") == b""
+    first, *epochs = finished.bytes("stdout").decode().splitlines()
+    count = (pd.read_csv(finished.folder / paths.SPLIT)["split"] == "train").sum()
+    assert first.startswith(f"keras_mnist, 225,034 parameters, on {count} images, ")
+    assert [line.split(":")[0] for line in epochs] == ["epoch 1", "epoch 2"]
+
+
+def test_starting_to_train_loads_no_library_that_it_does_not_need() -> None:
+    script = "import sys, stages.train; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    unneeded = {"sklearn", "matplotlib", "scipy", "kaggle", "torchvision", "PIL", "mlxtend", "tensorboard", "onnx"}
+    assert unneeded & set(loaded.stdout.split()) == set()
