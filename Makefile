@@ -3,14 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test real lint
+.PHONY: repro verify test torture portable real lint
 
 repro: $(VENV)/ready
 	dvc repro
 
+# Makes the working tree's results again in a temporary clone and compares them; another revision: make verify REV=v1.
+verify: $(VENV)/ready
+	python -m tools.verify $(REV)
+
 # A process a core, each with one thread: two of each hinder one another (9 minutes instead of 4 on two cores).
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
+
+# Kills training at 25 random moments, in the workspace, --temp and the queue: does it end in the same bytes?
+torture: $(VENV)/ready
+	OMP_NUM_THREADS=1 python -m tests.torture
+
+# Trains on emulated CPUs of Intel and AMD: are the bytes the same? Needs `apt install qemu-user`; takes minutes.
+portable: $(VENV)/ready
+	FULL=1 pytest --capture=no tests/test_portable.py
 
 # Trains on all the shared real data sets, where they lie beside the repository, and tells what each reached and took.
 real: $(VENV)/ready
@@ -19,7 +31,7 @@ real: $(VENV)/ready
 lint: $(VENV)/ready
 	ruff check .
 	ruff format --check .
-	mypy src stages
+	mypy src stages tools
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

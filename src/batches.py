@@ -1,11 +1,13 @@
 """The uint8 table on its device, the order of an epoch, and augmentation as pure functions of whole batches.
 
-Whatever is random in step k of epoch e is a function of (seed, e, k): `epoch_order`, `step_generator`, `draw`.
+Whatever is random in step k of epoch e is a function of (seed, e, k). `plan` recomputes it for any step.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -60,6 +62,16 @@ class Dataset:
     images: Pixels
     places: pd.DataFrame
     classes: list[str]
+
+    @property
+    def size(self) -> int:
+        """Side of the images, in pixels."""
+        return int(self.images.shape[1])
+
+    @property
+    def channels(self) -> int:
+        """1 for gray, 3 for RGB."""
+        return int(self.images.shape[3])
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Give the rows of train, validation or test."""
@@ -118,17 +130,24 @@ def channel_statistics(table: Table) -> tuple[list[float], list[float]]:
         pixels = table.take(picks)[0].to(torch.int32)
         sums += torch.stack([part.sum(0, dtype=torch.int32) for part in (pixels, pixels * pixels)]).cpu()
     mean, square = sums.sum((1, 2)).double() / (len(table) * table.images[0, ..., 0].numel())
-    return mean.tolist(), (square - mean**2).clamp(min=1.0).sqrt().tolist()
+    # Not torch's square root, whose last bit depends on the CPU (see src/environment.py).
+    return mean.tolist(), [math.sqrt(max(variance, 1.0)) for variance in (square - mean**2).tolist()]
 
 
+@lru_cache(maxsize=2)  # a pure function, asked for once a step
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The order in which epoch `epoch` (from 1) visits `count` images: (count,) int64 on the CPU."""
-    return torch.randperm(count, generator=step_generator(seed, epoch, 0, torch.device("cpu")))
+    """Give the order in which an epoch (from 1) visits `count` images: (count,) int64 on the CPU, not to be changed."""
+    return torch.randperm(count, generator=step_generator("order", seed, epoch))
 
 
-def step_generator(seed: int, epoch: int, step: int, device: torch.device) -> Generator:
-    """The generator of step `step` (from 1; 0 is the order) of epoch `epoch`, for draws on `device`."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{step}".encode()).digest()
+def step_generator(
+    purpose: str, seed: int, epoch: int = 0, step: int = 0, device: str | torch.device = "cpu"
+) -> Generator:
+    """Give the generator of one purpose in step `step` of epoch `epoch` (both from 1), for draws on `device`.
+
+    Each purpose, such as order, augmentation or dropout, has draws of its own: none is shifted by another.
+    """
+    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}/{step}".encode()).digest()
     return Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
@@ -150,12 +169,28 @@ def augment(images: Tensor, drawn: Draw) -> Tensor:
     return images[image[:, None, None], down[:, :, None], right[:, None, :]]
 
 
-def batches(table: Table, params: Train, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield augmented images (B, S, S, C) uint8 and labels (B,) of each step of one training epoch (from 1)."""
-    order = epoch_order(len(table), seed=params.seed, epoch=epoch).to(table.rows.device)
-    for step, picks in enumerate(order.split(params.batch), start=1):
-        images, labels = table.take(picks)
-        if params.flip or params.shift:
-            generator = step_generator(params.seed, epoch, step, torch.device("cpu"))
-            images = augment(images, draw(len(picks), flip=params.flip, shift=params.shift, generator=generator))
-        yield images, labels
+def count_steps(count: int, batch: int) -> int:
+    """Count the steps of an epoch over `count` images; the last may have fewer images than `batch`."""
+    return math.ceil(count / batch)
+
+
+def plan(count: int, params: Train, *, epoch: int, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Draw]:
+    """Tell which of `count` training images step `step` of epoch `epoch` takes (both from 1), and how it changes them.
+
+    This is all there is to know about a step, at any time, in any order of asking, on any machine. Of `world`
+    processes, process `rank` (from 0) takes every `world`-th image: together they take the batch of one process, each
+    image changed in the same way. Gives picks, (B,) int64, which count from 0 within the table, and the Draw of B
+    images.
+    """
+    picks = epoch_order(count, seed=params.seed, epoch=epoch)[(step - 1) * params.batch : step * params.batch]
+    generator = step_generator("augmentation", params.seed, epoch, step)
+    drawn = draw(len(picks), flip=params.flip, shift=params.shift, generator=generator)
+    return picks[rank::world], Draw(flip=drawn.flip[rank::world], shift=drawn.shift[rank::world])
+
+
+def batches(table: Table, params: Train, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield augmented images (B, S, S, C) uint8 and labels (B,) of each step of an epoch (from 1) after `done`."""
+    for step in range(done + 1, count_steps(len(table), params.batch) + 1):
+        picks, drawn = plan(len(table), params, epoch=epoch, step=step)
+        images, labels = table.take(picks.to(table.rows.device))
+        yield augment(images, drawn) if params.flip or params.shift else images, labels

@@ -335,7 +335,7 @@ def report(
     totals = counts.sum(axis=1)
     mixed = [(int(counts[i, j]), i, j) for i, j in zip(*np.nonzero(counts), strict=True) if i != j]
     counted = dict(results.data)
-    shares = counted.pop("classes")
+    shares = {row["class"]: row for row in counted.pop("classes")}
     return environment.get_template(TEMPLATE.name).render(
         results=results,
         images={name.removesuffix(".png"): _data_uri(content, "png") for name, content in files.items()},

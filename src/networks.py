@@ -115,6 +115,13 @@ def build(card: Card, *, mean: Sequence[float], deviation: Sequence[float]) -> N
     return Network(layers, mean=mean, deviation=deviation)
 
 
+def start(card: Card, mean: Sequence[float], deviation: Sequence[float], generator: Generator) -> Network:
+    """Build a network with weights drawn from the generator."""
+    network = build(card, mean=mean, deviation=deviation)
+    initialize(network, generator)
+    return network
+
+
 def make_card(params: Model, *, size: int, channels: int, classes: list[str]) -> Card:
     """Describe the network that the params ask for."""
     return Card(network=params.name, dropout=params.dropout, size=size, channels=channels, classes=classes)
@@ -135,13 +142,15 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def pack(state: dict[str, Tensor], card: Card) -> bytes:
-    """Pack weights and card as the bytes of a safetensors file, the same for the same weights.
+def pack(state: dict[str, Tensor], card: Card | None = None) -> bytes:
+    """Pack tensors, and a card, as the bytes of a safetensors file, the same for the same tensors.
 
     The card is one string under one key, since safetensors writes several keys in random order.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    return save(tensors, metadata={"card": json.dumps(asdict(card), sort_keys=True, ensure_ascii=False)})
+    return save(
+        tensors, metadata={"card": json.dumps(asdict(card), sort_keys=True, ensure_ascii=False)} if card else None
+    )
 
 
 def load(path: Path) -> tuple[Network, Card]:

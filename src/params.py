@@ -98,7 +98,14 @@ class Train(Section):
     batch: Count
     """Images a step, over all devices together."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Adam's learning rate, such as 1.0e-3."""
+    """Adam's learning rate, such as 1.0e-3; the highest, where the schedule changes it."""
+    schedule: Literal["constant", "wsd", "cosine"]
+    """constant; wsd: warm-up, stable, then linear decay to 0; cosine: decay from the warm-up's end on. A longer run
+    continues where a shorter one stood: constant from its end, wsd from the end of its stable part, cosine never."""
+    warmup: CountOrOff
+    """Epochs in which the learning rate grows from 0, step by step."""
+    decay: CountOrOff
+    """wsd: epochs at the end in which it falls to 0; else unused."""
     flip: bool
     """Mirror each image left to right with probability 1/2."""
     shift: CountOrOff
@@ -113,6 +120,20 @@ class Train(Section):
     """auto: mixed bf16 or 16 where a CUDA device has it, else 32."""
     compile: bool
     """Compile the network (torch.compile): slower to start, faster a step on most GPUs."""
+    threads: CountOrOff
+    """Threads of the CPU; another number gives other last bits. 0 takes one for each core of the machine."""
+    portable: bool
+    """The same bytes on every x86-64 CPU with AVX2, for the same number of threads; false lets each do its best."""
+    checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Within an epoch, keep the state after so many minutes; 0 keeps it at the end of each epoch only."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "Train":
+        if self.schedule == "wsd" and self.warmup + self.decay > self.epochs:
+            raise ValueError(
+                f"warmup + decay is {self.warmup + self.decay}, expected at most train.epochs, {self.epochs}"
+            )
+        return self
 
 
 class Evaluate(Section):

@@ -19,6 +19,7 @@ MODEL = Path("models/model.safetensors")
 SNAPSHOTS = Path("models/snapshots")
 
 DATA_METRICS = Path("metrics/data.json")
+ENVIRONMENT = Path("metrics/environment.json")
 TRAIN_LOG = Path("metrics/train")
 TEST_METRICS = Path("metrics/test.json")
 CLASS_METRICS = Path("metrics/classes.csv")

@@ -1,21 +1,43 @@
-"""What every stage shares: a user's mistake is one sentence, and outputs appear whole or not at all."""
+"""What every stage shares: a user's mistake is one sentence, outputs appear whole or not at all, and of one source."""
 
 import errno
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from src.provenance import Sources
+
+RESUME = Path(".resume")
+"""Where half downloads, checkpoints and locks outlive a run: below `home()`; neither git nor DVC sees it."""
+
 
 class PipelineError(Exception):
     """A mistake or a circumstance that the user can mend; its text is the one sentence that they read."""
 
 
+_sources: Sources | None = None  # none outside of `run`, as in tests: there the caller is the one who edits
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; what goes wrong for the user's reasons ends in one sentence on stderr and exit code 1."""
-    try:
+    """Run a stage's `main`, alone in this folder, and watch what it is made of."""
+    global _sources
+    stage = Path(sys.argv[0]).stem
+    # A stage that outlived its killed `dvc repro` would otherwise write the same files as its successor.
+    with in_one_sentence(), alone(RESUME / f"{stage}.lock", f"another process still runs {stage} in this folder"):
+        _sources = Sources(stage)
         main()
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """Let what goes wrong for the user's reasons end in one sentence on stderr and exit code 1."""
+    try:
+        yield
     except PipelineError as error:
         _stop(str(error))
     except KeyboardInterrupt:
@@ -37,25 +59,37 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _stop(sentence: str) -> None:
-    stage = Path(sys.argv[0]).stem
-    print(f"{stage}: {' '.join(sentence.split())}", file=sys.stderr)
+    say(sentence)
     raise SystemExit(1)
+
+
+def say(sentence: str) -> None:
+    """Tell the user one line, on stderr, under the stage's name."""
+    print(f"{Path(sys.argv[0]).stem}: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def whole(*targets: Path) -> Iterator[list[Path]]:
     """Give a temporary path for each target and put all of them in place only when the block ends well.
 
-    A block that fails, or is interrupted, leaves the targets as they were. A target may be a file or a folder; the
-    temporary one lies beside it, so that the last step is a rename within one file system.
+    A block that fails, or is interrupted, or whose sources changed meanwhile, leaves the targets as they were. A target
+    may be a file or a folder; the temporary one lies beside it, so that the last step is a rename within one file
+    system.
     """
     parts = [target.with_name(f".{target.name}.part") for target in targets]
     with ExitStack() as cleanup:
         for part in parts:
             part.parent.mkdir(parents=True, exist_ok=True)
-            _remove(part)
-            cleanup.callback(_remove, part)
+            remove(part)
+            cleanup.callback(remove, part)
         yield parts
+        if _sources and (changed := _sources.changed()):
+            raise PipelineError(
+                f"{', '.join(changed)} changed during the run; nothing was recorded; run the same command again"
+            )
         for part, target in zip(parts, targets, strict=True):
             if target.is_dir():
                 shutil.rmtree(target)
@@ -67,21 +101,46 @@ def in_sight(folder: Path) -> Iterator[Path]:
     """Let a block fill a folder that people watch while it grows; a block that fails puts the former one back."""
     former = folder.with_name(f".{folder.name}.part")
     if former.exists():  # a run that was killed left it, and the folder half-filled
-        _remove(folder)
+        remove(folder)
     elif folder.exists():
         folder.replace(former)
     try:
         yield folder
     except BaseException:
-        _remove(folder)
+        remove(folder)
         if former.exists():
             former.replace(folder)
         raise
-    _remove(former)
+    remove(former)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+def home() -> Path:
+    """The folder of the repository, also for a --temp or queued run, which works in a copy that DVC throws away."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
+@contextmanager
+def alone(path: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock, which the system lifts however the process ends; whoever comes second says so and waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{otherwise}; waiting for it to end")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -19,7 +19,7 @@ from typing import Any
 
 from src import archive
 from src.params import Download
-from src.runtime import PipelineError
+from src.runtime import RESUME, PipelineError, home
 
 TIMEOUT = (20, 60)  # seconds: to connect, and between two bytes
 BUSY = frozenset([429, 500, 502, 503, 504])
@@ -71,7 +71,7 @@ def _kaggle(params: Download, target: Path) -> dict[str, object]:
     from filelock import FileLock
 
     # In a --temp or queued run the current folder is a throw-away copy; the half file must outlive it.
-    folder = _home() / ".resume/downloads" / f"{params.dataset.replace('/', '-')}-{params.version}"
+    folder = home() / RESUME / "downloads" / f"{params.dataset.replace('/', '-')}-{params.version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder / "archive.zip"
     # Queued runs may want the same archive at once; the second waits.
@@ -113,10 +113,6 @@ def _kaggle(params: Download, target: Path) -> dict[str, object]:
         "bytes": size,
         "sha256": digest,
     }
-
-
-def _home() -> Path:
-    return Path(os.environ.get("DVC_ROOT", "."))
 
 
 def _page(params: Download) -> str:
@@ -291,6 +287,7 @@ def _reason(error: BaseException) -> str:
 def _folder(params: Download, target: Path) -> dict[str, object]:
     """The user's own images: a zip as it is, or class folders as one that depends on names and contents only."""
     place = _place(params.path)
+    before = _signature(place)
     files = sorted(_walk(place, "", ())) if place.is_dir() else []
     zips = [path for name, path in files if path and "/" not in name and name.lower().endswith(".zip")]
     zips = zips if place.is_dir() else [place]
@@ -311,6 +308,8 @@ def _folder(params: Download, target: Path) -> dict[str, object]:
         archive.write(target, ((name, path or b"") for name, path in tqdm(inner, "pack", unit="file", disable=None)))
     if not archive.list_items(target).items:
         raise PipelineError(f"{zips[0] if zips else place} holds no images; {_WANTED}")
+    if _signature(place) != before:  # DVC would take the hash of what lies there now (see src/provenance.py)
+        raise PipelineError(f"{place} changed during the run; nothing was recorded; run the same command again")
     return {
         "source": "folder",
         "dataset": None,
@@ -319,6 +318,13 @@ def _folder(params: Download, target: Path) -> dict[str, object]:
         "url": None,
         **_identity(target),
     }
+
+
+def _signature(place: Path) -> dict[str, tuple[int, int]]:
+    """Tell the state of a folder, or of one file: when each file was changed last, in ns, and its length."""
+    files = [Path(folder, name) for folder, _, names in os.walk(place) for name in names] or [place]
+    stats = {str(file): file.stat() for file in files if file.exists()}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
 def _place(path: str) -> Path:
@@ -331,12 +337,12 @@ def _place(path: str) -> Path:
     if os.path.normpath(place).startswith(".."):
         raise PipelineError(
             f"download.path is {path}, outside the repository, where --temp and queued runs do not find it; write "
-            f"{(_home() / place).resolve()}"
+            f"{(home() / place).resolve()}"
         )
-    if not place.is_absolute() and _home().resolve() != Path.cwd().resolve():
-        _mirror(_home() / place, place)
+    if not place.is_absolute() and home().resolve() != Path.cwd().resolve():
+        _mirror(home() / place, place)
     if not place.exists():
-        raise PipelineError(f"{_home() / place} (download.path) is missing; {_WANTED}")
+        raise PipelineError(f"{home() / place} (download.path) is missing; {_WANTED}")
     return place
 
 

@@ -66,9 +66,11 @@ def summarize(index: pd.DataFrame, table: pd.DataFrame, params: Split, rejected:
         "duplicates_with_other_label": int((members["label"].transform("nunique") > 1).sum()),
         "groups_that_would_have_leaked": int((torn.groupby(table["group"]).nunique() > 1).sum()),
         **{f"{name}_images": int((table["split"] == name).sum()) for name in (TRAIN, VALIDATION, TEST, LEFT_OUT)},
-        "classes": {
-            str(label): {str(name): int(count) for name, count in row.items()} for label, row in counts.iterrows()
-        },
+        # A list, in which DVC looks for no metrics: three counts a class would fill `dvc exp show`.
+        "classes": [
+            {"class": str(label)} | {str(name): int(count) for name, count in row.items()}
+            for label, row in counts.iterrows()
+        ],
     }
 
 

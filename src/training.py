@@ -1,11 +1,13 @@
-"""The training loop: one step, one epoch, and a generator that yields a record an epoch and writes no file."""
+"""The training loop: one step, one epoch, and a generator that tells how far it is and writes no file."""
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NoReturn
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
 
+import safetensors.torch
 import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
@@ -13,10 +15,12 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
-from src.batches import Table, batches, choose_device, step_generator
-from src.networks import Network
+from src.batches import Table, batches, choose_device, count_steps, step_generator
+from src.checkpoints import Store
+from src.networks import Card, Network, pack
 from src.params import Train
-from src.runtime import PipelineError
+from src.runtime import PipelineError, say
+from src.schedules import learning_rate
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,34 @@ class Record:
     validation_accuracy: float
     best: bool
 
+    def __str__(self) -> str:
+        train = f"loss {self.train_loss:.4f}, accuracy {self.train_accuracy:.2%}"
+        validation = f"loss {self.validation_loss:.4f}, accuracy {self.validation_accuracy:.2%}"
+        return f"epoch {self.epoch}: train {train}; validation {validation}{' *' if self.best else ''}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: `step` steps into the epoch that follows those of `history`.
+
+    sums: of the losses and of the right answers of these steps; whole numbers of float32, so that JSON keeps them.
+    """
+
+    history: tuple[Record, ...] = ()
+    step: int = 0
+    sums: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def record(self) -> Record | None:
+        """The record of an epoch that has just ended."""
+        return self.history[-1] if self.history and self.step == 0 else None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """Take up what `asdict` gave and JSON kept."""
+        loss, right = values["sums"]
+        return cls(tuple(Record(**record) for record in values["history"]), values["step"], (loss, right))
+
 
 def make_fabric(params: Train) -> Fabric:
     """Choose device and precision, and make torch repeat the same bits."""
@@ -40,31 +72,117 @@ def make_fabric(params: Train) -> Fabric:
     return Fabric(accelerator=device.type, devices=1, precision=precision[params.precision])  # type: ignore[arg-type]
 
 
-def fit(network: Network, train: Table, validation: Table, params: Train, fabric: Fabric) -> Iterator[Record]:
-    """Train `network` in place and yield a record after each epoch, until the last or until patience ends.
+class Trainer:
+    """A network with its optimizer, which can stop after any step and go on in another process with the same bits."""
 
-    Raises PipelineError where the batch is larger than the data, or the loss is no number any more.
+    def __init__(self, network: Network, params: Train, fabric: Fabric) -> None:
+        self.params, self.fabric = params, fabric
+        self.network = network.to(memory_format=torch.channels_last)
+        optimizer = Adam(self.network.parameters(), lr=params.lr, fused=fabric.device.type in ("cuda", "cpu"))
+        compiled: nn.Module = torch.compile(self.network) if params.compile else self.network  # type: ignore[assignment]
+        self.model, self.optimizer = fabric.setup(compiled, optimizer)
+
+    def state(self) -> dict[str, Tensor]:
+        """Give all that has to be kept beside the weights: the optimizer's moments, and the scale of float16."""
+        state = self.optimizer.state_dict()["state"]
+        moments = {f"optimizer.{index}.{name}": value for index in state for name, value in state[index].items()}
+        scale = self.fabric.strategy.precision.state_dict()
+        return moments | {f"precision.{name}": torch.tensor(value) for name, value in scale.items()}
+
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Take up weights and state, in the memory format in which this network has them."""
+        self.network.load_state_dict(weights)
+        parameters = list(self.network.parameters())
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key in (key for key in state if key.startswith("optimizer.")):
+            _, index, name = key.split(".", 2)
+            like, value = parameters[int(index)], state[key]
+            # A fused step walks weights and moments in the order of memory, so both must have the same.
+            kept = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            moments.setdefault(int(index), {})[name] = kept
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        scale = {key.removeprefix("precision."): state[key].item() for key in state if key.startswith("precision.")}
+        self.fabric.strategy.precision.load_state_dict(scale)
+
+    def fit(self, train: Table, validation: Table, progress: Progress | None = None) -> Iterator[Progress]:
+        """Train on from `progress`, and yield after each epoch, and within one every `checkpoint_minutes`.
+
+        Ends with the last epoch, or when patience does. Raises PipelineError where the batch is larger than the data,
+        or the loss is no number any more.
+        """
+        params, progress = self.params, progress or Progress()
+        if params.batch > len(train):
+            raise PipelineError(f"train.batch is {params.batch:,}, more than the {len(train):,} training images")
+        done = len(progress.history) * len(train) + progress.step * params.batch
+        total = params.epochs * len(train)
+        with tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None) as bar:
+            while not _has_ended(progress.history, params):
+                epoch = len(progress.history) + 1
+                bar.set_description(f"epoch {epoch}/{params.epochs}")
+                for step, sums in self._train_epoch(train, progress, bar):
+                    if step < count_steps(len(train), params.batch):
+                        yield Progress(progress.history, step, sums)
+                train_loss, train_accuracy = (torch.tensor(sums) / len(train)).tolist()
+                if not math.isfinite(train_loss):
+                    raise PipelineError(
+                        f"the training loss is {train_loss} in epoch {epoch}; use a smaller train.lr than {params.lr:g}"
+                    )
+                loss, accuracy = evaluate(self.model, validation, params.batch)
+                # Accuracy first, since that is what is promised; the loss decides between equals.
+                best = all(
+                    (accuracy, -loss) > (one.validation_accuracy, -one.validation_loss) for one in progress.history
+                )
+                record = Record(epoch, train_loss, train_accuracy, loss, accuracy, best)
+                progress = Progress((*progress.history, record))
+                yield progress
+
+    def _train_epoch(
+        self, table: Table, progress: Progress, bar: "tqdm[NoReturn]"
+    ) -> Iterator[tuple[int, tuple[float, float]]]:
+        """Train on to the end of an epoch; there, and whenever a checkpoint is due, yield the step and the sums."""
+        params, epoch = self.params, len(progress.history) + 1
+        steps = count_steps(len(table), params.batch)
+        self.model.train()
+        sums = torch.tensor(progress.sums, device=self.fabric.device)
+        kept = time.monotonic()
+        for step, (images, labels) in enumerate(batches(table, params, epoch, progress.step), start=progress.step + 1):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(params, epoch=epoch, step=step, steps=steps)
+            generator = step_generator("dropout", params.seed, epoch, step, self.fabric.device)
+            sums += torch.stack(train_step(self.model, self.optimizer, self.fabric, images, labels, generator))
+            bar.update(len(labels))
+            due = 0 < params.checkpoint_minutes * 60 <= time.monotonic() - kept
+            if due or step == steps:
+                loss, right = sums.tolist()  # the one reading from the device, which waits for it
+                yield step, (loss, right)
+                kept = time.monotonic()
+
+
+def fit_from(store: Store, trainer: Trainer, train: Table, validation: Table, card: Card) -> Iterator[Record]:
+    """Train on from the newest checkpoint of the store, keep each state there, and yield the records of all epochs.
+
+    Those of former processes come first. At the end, `store.outputs` has the best weights, `model`, and the snapshots.
     """
-    if params.batch > len(train):
-        raise PipelineError(f"train.batch is {params.batch:,}, more than the {len(train):,} training images")
-    model = network.to(memory_format=torch.channels_last)
-    optimizer = Adam(model.parameters(), lr=params.lr, fused=fabric.device.type in ("cuda", "cpu"))
-    compiled: nn.Module = torch.compile(model) if params.compile else model  # type: ignore[assignment]
-    model, optimizer = fabric.setup(compiled, optimizer)
-
-    best, waited = (-1.0, 0.0), 0
-    with tqdm(total=params.epochs * len(train), unit=" images", unit_scale=True, disable=None) as bar:
-        for epoch in range(1, params.epochs + 1):
-            bar.set_description(f"epoch {epoch}/{params.epochs}")
-            train_loss, train_accuracy = _train_epoch(model, optimizer, train, params, fabric, epoch, bar)
-            validation_loss, validation_accuracy = evaluate(model, validation, params.batch)
-            # Accuracy first, since that is what is promised; the loss decides between equals.
-            score = (validation_accuracy, -validation_loss)
-            improved = score > best
-            best, waited = max(best, score), 0 if improved else waited + 1
-            yield Record(epoch, train_loss, train_accuracy, validation_loss, validation_accuracy, improved)
-            if 0 < params.patience <= waited:
-                return
+    params, begun = trainer.params, Progress()
+    if found := store.newest():
+        begun = Progress.from_json(found.progress)
+        trainer.restore(*(safetensors.torch.load(store.read(name)) for name in (found.weights, found.rest)))
+        further = f" and {found.step} steps of the next" if found.step else ""
+        say(f"going on after epoch {found.epoch} of {params.epochs}{further}, kept in {store.folder}")
+        yield from begun.history
+    for progress in trainer.fit(train, validation, begun):
+        record, outputs = progress.record, []
+        if record and record.best:
+            outputs.append("model")
+        if record and params.snapshot_every and record.epoch % params.snapshot_every == 0:
+            outputs.append(f"epoch-{record.epoch:04}.safetensors")
+        weights, rest = pack(trainer.network.state_dict(), card), pack(trainer.state())
+        store.save(len(progress.history), progress.step, asdict(progress), weights=weights, rest=rest, outputs=outputs)
+        if record:
+            tqdm.write(str(record))
+            yield record
+    store.wait()
 
 
 def train_step(
@@ -96,26 +214,9 @@ def evaluate(model: nn.Module, table: Table, batch: int) -> tuple[float, float]:
     return loss, accuracy
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    table: Table,
-    params: Train,
-    fabric: Fabric,
-    epoch: int,
-    bar: "tqdm[NoReturn]",
-) -> tuple[float, float]:
-    """Train one epoch and give the mean loss and accuracy of its steps, read from the device once."""
-    model.train()
-    sums = torch.zeros(2, device=fabric.device)
-    for step, (images, labels) in enumerate(batches(table, params, epoch), start=1):
-        generator = step_generator(params.seed, epoch, step, fabric.device)
-        sums += torch.stack(train_step(model, optimizer, fabric, images, labels, generator))
-        bar.update(len(labels))
-    loss, accuracy = (sums / len(table)).tolist()
-    if not math.isfinite(loss):
-        raise PipelineError(f"the training loss is {loss} in epoch {epoch}; use a smaller train.lr than {params.lr:g}")
-    return loss, accuracy
+def _has_ended(history: Sequence[Record], params: Train) -> bool:
+    waited = next((waited for waited, record in enumerate(reversed(history)) if record.best), 0)
+    return len(history) >= params.epochs or 0 < params.patience <= waited
 
 
 def _best_precision(device: torch.device) -> str:

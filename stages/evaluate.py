@@ -4,6 +4,7 @@ import json
 
 from src import paths
 from src.batches import choose_device, read_dataset
+from src.environment import settle
 from src.evaluation import predict, score, tabulate
 from src.networks import load
 from src.params import load_params
@@ -12,11 +13,12 @@ from src.runtime import PipelineError, run, whole
 
 def main() -> None:
     params = load_params().evaluate
+    settle(load_params().train)
     network, card = load(paths.MODEL)
     data = read_dataset()
     if data.classes != card.classes:
         raise PipelineError(f"{paths.MODEL} was trained on other classes than {paths.SPLIT} has; run `dvc repro`")
-    if data.images.shape[2:] != (card.size, card.channels):
+    if (data.size, data.channels) != (card.size, card.channels):
         raise PipelineError(
             f"{paths.MODEL} was trained on images of another shape than {paths.IMAGES}; run `dvc repro`"
         )

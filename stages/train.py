@@ -1,59 +1,59 @@
-"""Train the network: models/model.safetensors, models/snapshots/, metrics/train/ and data/augmented.npy."""
+"""Train the network: models/, metrics/train/, metrics/environment.json and data/augmented.npy."""
+
+import json
+from dataclasses import asdict
 
 import numpy as np
-import torch
 from dvclive.live import Live
-from tqdm import tqdm
 
 from src import paths
-from src.batches import batches, channel_statistics, read_dataset, step_generator
-from src.networks import build, count_parameters, initialize, make_card, pack
+from src.batches import batches, channel_statistics, count_steps, read_dataset, step_generator
+from src.checkpoints import open_store
+from src.environment import bits, describe, settle
+from src.networks import count_parameters, make_card, start
 from src.params import load_params
+from src.provenance import inputs_of
 from src.runtime import in_sight, run, whole
-from src.training import Record, fit, make_fabric
+from src.training import Record, Trainer, fit_from, make_fabric
 
 SEEN = 25
 
 
 def main() -> None:
-    params, model_params = load_params().train, load_params().model
+    params = load_params().train
+    settle(params)
     data = read_dataset()
     fabric = make_fabric(params)
     train, validation = (data.table(split, fabric.device) for split in ("train", "validation"))
-    card = make_card(model_params, size=data.images.shape[1], channels=data.images.shape[3], classes=data.classes)
-    mean, deviation = channel_statistics(train)
-    network = build(card, mean=mean, deviation=deviation)
-    initialize(network, step_generator(params.seed, 0, 0, torch.device("cpu")))
+    card = make_card(load_params().model, size=data.size, channels=data.channels, classes=data.classes)
+    network = start(card, *channel_statistics(train), step_generator("weights", params.seed))
     print(f"{card.network}, {count_parameters(network):,} parameters, on {len(train):,} images, {fabric.device}")
-
+    machine, steps = describe(fabric.device), count_steps(len(train), params.batch)
+    made_of = {"model": asdict(card), "inputs": inputs_of("train"), "machine": bits(machine, params)}
     with (
-        whole(paths.MODEL, paths.SNAPSHOTS, paths.AUGMENTED) as (model, snapshots, augmented),
-        in_sight(paths.TRAIN_LOG) as log,
-        Live(str(log), dvcyaml=None, report=None, save_dvc_exp=False) as live,
+        open_store(params, steps, made_of) as store,
+        in_sight(paths.TRAIN_LOG) as folder,
+        whole(paths.MODEL, paths.SNAPSHOTS, paths.AUGMENTED, paths.ENVIRONMENT) as outs,
+        Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live,
     ):
+        model, snapshots, augmented, record = outs
         np.save(augmented.open("wb"), next(batches(train, params, 1))[0][:SEEN].cpu().numpy())
+        record.write_text(json.dumps([machine], indent=2) + "\n", encoding="utf-8")
         live.summary |= {"parameters": count_parameters(network), "train_images": len(train)}
+        for ended in fit_from(store, Trainer(network, params, fabric), train, validation, card):
+            log(live, ended)
         snapshots.mkdir()
-        for record in fit(network, train, validation, params, fabric):
-            write_record(live, record)
-            weights = pack(network.state_dict(), card)
-            if record.best:
-                model.write_bytes(weights)
-            if params.snapshot_every and record.epoch % params.snapshot_every == 0:
-                (snapshots / f"epoch-{record.epoch:04}.safetensors").write_bytes(weights)
+        for name, tensors in store.outputs.items():
+            (model if name == "model" else snapshots / name).write_bytes(store.read(tensors))
 
 
-def write_record(live: Live, record: Record) -> None:
-    """Log an epoch for DVC, and tell it to the user."""
+def log(live: Live, record: Record) -> None:
     live.step = record.epoch
     for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
         live.log_metric(name.replace("_", "/"), getattr(record, name))
     if record.best:
         live.summary |= {"best_epoch": record.epoch, "best_validation_accuracy": record.validation_accuracy}
     live.make_summary()  # type: ignore[no-untyped-call]
-    train = f"loss {record.train_loss:.4f}, accuracy {record.train_accuracy:.2%}"
-    validation = f"loss {record.validation_loss:.4f}, accuracy {record.validation_accuracy:.2%}"
-    tqdm.write(f"epoch {record.epoch}: train {train}; validation {validation}{' *' if record.best else ''}")
 
 
 if __name__ == "__main__":

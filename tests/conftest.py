@@ -1,5 +1,6 @@
 """Clones of the project for the tests that run real DVC, and the stages' own outputs for those that need none."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,17 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src import paths
+from src import environment, paths
 from src.runtime import run
 from tests.helpers import is_one_sentence, run_stage, succeed
 from tests.project import Project, clone
+
+# The tests call stages in this process, too: it has to compute as theirs do from the start.
+os.environ |= environment.PORTABLE
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project as it stands, cloned, with one epoch of the sample trained and committed."""
     project = clone(tmp_path_factory.mktemp("trained"))
-    project.set(train__epochs=1)
+    project.set(train__epochs=1, train__threads=1)
     project.dvc("repro")
     project.commit()
     return project.folder
@@ -60,7 +64,7 @@ def finished(sample: Project, tmp_path_factory: pytest.TempPathFactory) -> Proje
 @pytest.fixture
 def home(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A copy of that folder, which a test may change and which is the current one."""
-    shutil.copytree(finished.folder, tmp_path / "home")
+    shutil.copytree(finished.folder, tmp_path / "home", ignore=shutil.ignore_patterns(".resume"))
     monkeypatch.chdir(tmp_path / "home")
     return Project(tmp_path / "home")
 

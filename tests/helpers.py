@@ -82,6 +82,7 @@ def idx(array: NDArray[np.uint8]) -> bytes:
 def stage_command(folder: Path, stage: str, before: str = "", **sections: dict[str, Any]) -> list[str]:
     """Write a params.yaml with the changed sections; `before` is Python that the stage's process runs first."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["train"]["threads"] = 1  # the tests run side by side
     for name, values in sections.items():
         params[name] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params, allow_unicode=True), encoding="utf-8")
@@ -111,8 +112,9 @@ def succeed(folder: Path, stage: str, **sections: dict[str, Any]) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but the parameters."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "params.yaml")
+    """Every file below a folder but the parameters and what outlives a run on purpose."""
+    kept_apart = (folder / "params.yaml", folder / ".resume")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not {path, *path.parents} & {*kept_apart})
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

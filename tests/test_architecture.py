@@ -10,12 +10,19 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 
-ORDER = "paths runtime params archive sources images split batches networks training evaluation figures".split()
-WITHOUT_TORCH = {"paths", "runtime", "params", "archive", "sources", "images", "split", "figures"}
+ORDER = (
+    "paths provenance runtime params archive sources images split batches networks schedules environment checkpoints "
+    "training evaluation figures"
+).split()
+WITHOUT_TORCH = {
+    *("paths", "provenance", "runtime", "params", "archive", "sources", "images", "split"),
+    *("schedules", "checkpoints", "figures"),
+}
 # Beyond the order: an evaluation that could train, or a decoder that needed a network, would be tangled, not wrong.
 NEVER = {
     "networks": {"batches"},
-    "evaluation": {"training", "figures"},
+    "checkpoints": {"batches", "networks"},
+    "evaluation": {"schedules", "checkpoints", "training", "figures"},
     "training": {"evaluation", "figures"},
     "split": {"archive", "sources", "images"},
     "batches": {"archive", "sources", "images", "split"},
@@ -154,7 +161,7 @@ def _paths_used(root: Path, closure: set[str]) -> tuple[set[str], set[str]]:
     }
     used: set[str] = set()
     written: set[str] = set()
-    for name in closure - {"src/params.py", "src/sources.py"}:
+    for name in closure - {"src/params.py", "src/provenance.py", "src/sources.py"}:
         if not name.endswith(".py"):
             continue
         for node in ast.walk(_parse(root / name)):

@@ -19,8 +19,10 @@ from src.batches import (
     channel_statistics,
     choose_device,
     class_order,
+    count_steps,
     draw,
     epoch_order,
+    plan,
     read_dataset,
     step_generator,
 )
@@ -67,14 +69,14 @@ def test_no_two_epochs_seeds_or_steps_share_their_chance() -> None:
     assert len(orders) == 100
     # Both 1/11/1 and 11/1/1 are there: written without a separator, they would be one.
     keys = [(seed, epoch, step) for seed in (0, 1, 11) for epoch in (1, 11, 111) for step in (0, 1, 11)]
-    draws = {tuple(torch.rand(4, generator=step_generator(*key, CPU)).tolist()) for key in keys}
+    draws = {tuple(torch.rand(4, generator=step_generator("order", *key)).tolist()) for key in keys}
     assert len(draws) == len(keys)
-    again = [torch.rand(4, generator=step_generator(3, 2, 1, CPU)).tolist() for _ in range(2)]
+    again = [torch.rand(4, generator=step_generator("order", 3, 2, 1)).tolist() for _ in range(2)]
     assert again[0] == again[1]
 
 
 def test_about_half_are_mirrored_and_every_distance_occurs() -> None:
-    drawn = draw(10_000, flip=True, shift=2, generator=step_generator(0, 1, 1, CPU))
+    drawn = draw(10_000, flip=True, shift=2, generator=step_generator("augmentation", 0, 1, 1))
     assert 0.48 < drawn.flip.double().mean() < 0.52
     for axis in (0, 1):
         values, counts = drawn.shift[:, axis].unique(return_counts=True)
@@ -83,14 +85,14 @@ def test_about_half_are_mirrored_and_every_distance_occurs() -> None:
 
 
 def test_each_image_of_a_batch_draws_for_itself() -> None:
-    drawn = draw(64, flip=True, shift=10**6, generator=step_generator(0, 1, 1, CPU))
+    drawn = draw(64, flip=True, shift=10**6, generator=step_generator("augmentation", 0, 1, 1))
     assert len({tuple(moved) for moved in drawn.shift.tolist()}) == 64
     assert len(set(drawn.flip.tolist())) == 2
 
 
 def test_turning_one_augmentation_off_leaves_the_other_draws_as_they_were() -> None:
     both, moved, mirrored = (
-        draw(64, flip=flip, shift=shift, generator=step_generator(0, 1, 1, CPU))
+        draw(64, flip=flip, shift=shift, generator=step_generator("augmentation", 0, 1, 1))
         for flip, shift in ((True, 3), (False, 3), (True, 0))
     )
     assert torch.equal(both.shift, moved.shift)
@@ -176,6 +178,67 @@ def test_an_epoch_neither_reads_nor_moves_any_global_chance() -> None:
     assert torch.equal(state[0], torch.get_rng_state())
     assert state[1:] == (np.random.get_state()[1].tobytes(), random.getstate())
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(first, second, strict=True))
+
+
+# --- any step, at any time
+
+
+@st.composite
+def steps(choose: st.DrawFn) -> tuple[int, Train, int, int]:
+    """A number of images, params, and an epoch and a step of that training."""
+    count, batch = choose(st.integers(1, 300)), choose(st.integers(1, 80))
+    changes = {
+        "seed": choose(st.integers(0, 2**32 - 1)),
+        "flip": choose(st.booleans()),
+        "shift": choose(st.integers(0, 4)),
+    }
+    epoch, step = choose(st.integers(1, 10**6)), choose(st.integers(1, count_steps(count, batch)))
+    return count, train_params(**changes, batch=batch), epoch, step
+
+
+@given(steps())
+@settings(max_examples=200, deadline=None)
+def test_any_step_can_be_recomputed_alone_and_is_what_training_sees(case: tuple[int, Train, int, int]) -> None:
+    count, params, epoch, step = case
+    epoch_order.cache_clear()
+    picks, drawn = plan(count, params, epoch=epoch, step=step)
+    images = torch.from_numpy(noise(count, 6, 1))
+    seen = list(batches(Table(images, torch.arange(count), torch.arange(count)), params, epoch))[step - 1]
+    assert torch.equal(seen[1], picks)
+    assert torch.equal(seen[0], augment(images[picks], drawn))
+
+
+@given(steps(), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_processes_of_any_number_share_the_batch_of_one(case: tuple[int, Train, int, int], world: int) -> None:
+    count, params, epoch, step = case
+    picks, drawn = plan(count, params, epoch=epoch, step=step)
+    shares = [plan(count, params, epoch=epoch, step=step, rank=rank, world=world) for rank in range(world)]
+    together = [
+        (int(pick), bool(flip), shift.tolist())
+        for mine, changes in shares
+        for pick, flip, shift in zip(mine, changes.flip, changes.shift, strict=True)
+    ]
+    assert sorted(together) == sorted(
+        (int(pick), bool(flip), shift.tolist())
+        for pick, flip, shift in zip(picks, drawn.flip, drawn.shift, strict=True)
+    )
+    assert max(len(mine) for mine, _ in shares) - min(len(mine) for mine, _ in shares) <= 1
+
+
+@given(steps())
+@settings(max_examples=50, deadline=None)
+def test_an_epoch_goes_on_after_any_step(case: tuple[int, Train, int, int]) -> None:
+    count, params, epoch, done = case
+    table = Table(torch.from_numpy(noise(count, 6, 1)), torch.arange(count), torch.arange(count))
+    straight, rest = list(batches(table, params, epoch))[done:], list(batches(table, params, epoch, done))
+    assert len(rest) == count_steps(count, params.batch) - done
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(straight, rest, strict=True))
+
+
+def test_each_purpose_has_draws_of_its_own() -> None:
+    draws = {torch.rand(1, generator=step_generator(purpose, 0, 1, 1)).item() for purpose in ("order", "dropout", "x")}
+    assert len(draws) == 3
 
 
 # --- the table

@@ -36,6 +36,8 @@ def results_of(classes: Sequence[str], right: float = 0.9, epochs: int = 3, chan
     ]
     hits = sum(found.right for found in predictions)
     curve = [(epoch, epoch / (epochs + 1)) for epoch in range(1, epochs + 1)]
+    settings = load_params(ROOT / paths.PARAMS).model_dump()
+    settings["train"]["threads"] = 1  # as run_stage has it
     return figures.Results(
         images=images,
         augmented=images[:8],
@@ -45,9 +47,9 @@ def results_of(classes: Sequence[str], right: float = 0.9, epochs: int = 3, chan
         scores=[figures.Score(name, 0.9, 0.8, 0.85, 6) for name in classes],
         training={"best_epoch": epochs, "best_validation_accuracy": 0.75, "parameters": 1234, "train_images": 4000},
         test={"accuracy": hits / count, "accuracy_low": 0.7, "accuracy_high": 0.95, "macro_f1": 0.9, "images": count},
-        data={"rejected": 7, "classes": {name: {"train": 5, "validation": 1, "test": 2} for name in classes}},
+        data={"rejected": 7, "classes": [{"class": name, "train": 5, "validation": 1, "test": 2} for name in classes]},
         origin={"source": "folder", "licence": "CC-BY <4.0>", "url": "https://example.org/?a=1&b=2"},
-        settings=load_params(ROOT / paths.PARAMS).model_dump(),
+        settings=settings,
     )
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -93,6 +94,86 @@ def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
         assert title in page
     assert "workspace" in page
     assert "HEAD" in page
+
+
+def test_an_experiment_that_was_run_before_comes_back_from_the_run_cache(project: Project) -> None:
+    project.dvc("exp", "run", "--name", "first", "-S", "train.lr=3e-3")
+    first = project.bytes("models/model.safetensors"), project.bytes("metrics/test.json")
+    output = project.dvc("exp", "run", "--name", "second", "-S", "train.lr=1e-4")
+    assert "going on after" not in output
+    assert project.bytes("models/model.safetensors") != first[0]
+    shutil.rmtree(project.folder / ".resume")  # which would be quick, too
+    began = time.monotonic()
+    output = project.dvc("exp", "run", "--name", "back", "-S", "train.lr=3e-3")
+    print(f"back after {time.monotonic() - began:.1f} s")
+    assert output.count("is cached - skipping run") == 2
+    assert stages_run(output) == ["plot"]  # whose report DVC takes for neither metric nor plot
+    assert (project.bytes("models/model.safetensors"), project.bytes("metrics/test.json")) == first
+
+
+def test_more_epochs_continue_and_come_to_the_same_as_straight_through(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.folder, tmp_path / "straight")
+    shutil.rmtree(tmp_path / "straight/.resume")
+    straight = Project(tmp_path / "straight")
+    assert "going on after" not in straight.dvc("exp", "run", "-S", "train.epochs=3")
+    assert "going on after epoch 1 of 3" in project.dvc(
+        "exp", "run", "--temp", "--name", "more", "-S", "train.epochs=3"
+    )
+    project.dvc("exp", "apply", "more")
+    assert project.bytes("dvc.lock") == straight.bytes("dvc.lock")
+    assert project.git("diff", "--no-index", "--stat", "metrics", str(straight.folder / "metrics")) == ""
+
+
+def while_training(project: Project, edit: Callable[[], object]) -> str:
+    """Run the pipeline, with an edit as soon as the first epoch has ended, and give what it printed."""
+    command = [str(Path(sys.executable).parent / "dvc"), "repro"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    log = project.folder / "metrics/train/metrics.json"
+    log.unlink()
+    with subprocess.Popen(
+        command, cwd=project.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        while not log.exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        edit()
+        return process.communicate(timeout=300)[0]
+
+
+def add_a_comment(text: str) -> str:
+    return f"{text}\n# an edit\n"
+
+
+def double_the_rate(text: str) -> str:
+    return text.replace("lr: 0.001", "lr: 0.002")
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "named"),
+    [
+        ("src/batches.py", add_a_comment, "src/batches.py"),
+        ("params.yaml", double_the_rate, "params.yaml: train.lr"),
+        ("src/figures.py", add_a_comment, None),
+    ],
+    ids=["source", "param", "another stage's source"],
+)
+def test_an_edit_during_a_run_fails_the_stage_that_it_touches(
+    project: Project, name: str, edit: Callable[[str], str], named: str | None
+) -> None:
+    project.set(train__epochs=4)
+    lock, file = project.bytes("dvc.lock"), project.folder / name
+    before = file.read_text(encoding="utf-8")
+    output = while_training(project, lambda: file.write_text(edit(before), encoding="utf-8"))
+    assert file.read_text(encoding="utf-8") != before
+    if named is None:
+        assert project.dvc("status") == "Data and pipelines are up to date.\n", output
+        return
+    assert f"train: {named} changed during the run; nothing was recorded" in output
+    assert "Traceback" not in output
+    assert project.bytes("dvc.lock") == lock
+    assert not (project.folder / "models/model.safetensors").exists()
+    file.write_text(before, encoding="utf-8")
+    assert "going on after epoch 4 of 4" in project.dvc("repro")
 
 
 def test_a_run_in_a_temporary_folder_leaves_the_workspace_alone(project: Project) -> None:

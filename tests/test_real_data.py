@@ -66,7 +66,7 @@ def test_animals10_as_kaggle_has_it(fresh: Project) -> None:
     with KaggleServer(dataset="alessiocorrado99/animals10", versions={2: archive_file}) as server:
         data = run(fresh, "animals10-original-320, Kaggle", **server.env)
     assert data["images"] == 320
-    assert sorted(data["classes"]) == sorted(ANIMALS10.values())
+    assert sorted(row["class"] for row in data["classes"]) == sorted(ANIMALS10.values())
     assert fresh.bytes("data/raw.zip") == archive_file.read_bytes()
 
 

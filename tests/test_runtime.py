@@ -1,13 +1,15 @@
 """Outputs appear whole or not at all, and what goes wrong for the user's reasons is one sentence."""
 
 import errno
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from src.runtime import PipelineError, in_sight, run, whole
+from src.runtime import PipelineError, alone, in_sight, run, whole
 
 
 def write(path: Path, text: str) -> Path:
@@ -63,6 +65,26 @@ def test_the_former_folder_of_a_killed_run_is_not_lost(tmp_path: Path) -> None:
     with pytest.raises(PipelineError), in_sight(log):
         raise PipelineError
     assert (log / "a.txt").read_text() == "old"
+
+
+def test_a_second_process_waits_for_the_first_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inside = threading.Event()
+    order: list[str] = []
+
+    def first() -> None:
+        with alone(tmp_path / "new/lock", "someone is here"):
+            inside.set()
+            time.sleep(0.3)
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(10)
+    with alone(tmp_path / "new/lock", "someone is here"):
+        order.append("second")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert capsys.readouterr().err.endswith(": someone is here; waiting for it to end\n")
 
 
 @pytest.mark.parametrize(

@@ -413,6 +413,32 @@ def test_a_folder_gives_the_same_bytes_from_another_place_time_and_order(
         assert file.read(names[0]) == (digits / names[0]).read_bytes()
 
 
+@pytest.mark.parametrize("change", ["add", "overwrite", "zip"])
+def test_images_that_change_while_they_are_packed_are_one_sentence(home: Path, digits: Path, change: str) -> None:
+    shutil.copytree(digits, home / "data/inbox", dirs_exist_ok=True)
+    late = home / "data/inbox/0/late.png" if change == "add" else next((home / "data/inbox/0").iterdir())
+    if change == "zip":
+        late = zip_of(
+            home / "photos.zip", *((f"a/{path.name}", path.read_bytes()) for path in (digits / "1").iterdir())
+        )
+    hook = f"""
+import shutil, sys, runpy
+from pathlib import Path
+from src import archive
+real, copy = archive.list_items, shutil.copyfile
+def arrives(*parts):
+    with Path({str(late)!r}).open("ab") as file:
+        file.write(b"more")
+    return real(*parts)
+archive.list_items = arrives
+runpy.run_module("stages.download", run_name="__main__", alter_sys=True)"""
+    command(home, "folder", path=str(late) if change == "zip" else "data/inbox")
+    done = subprocess.run(
+        [sys.executable, "-c", hook], cwd=home, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert "changed during the run; nothing was recorded" in sentence_of(home, done)
+
+
 def test_links_are_followed_and_a_loop_is_one_sentence(home: Path, digits: Path) -> None:
     inbox = home / "data/inbox"
     (inbox / "one").symlink_to(digits / "1")

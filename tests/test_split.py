@@ -349,9 +349,10 @@ def test_the_stage_writes_a_place_for_each_image_and_counts_them(home: Path) -> 
     summary = json.loads((home / "metrics/data.json").read_text())
     assert (summary["images"], summary["rejected"], summary["duplicates_same_bytes"]) == (91, 2, 1)
     assert summary["duplicates_with_other_label"] == 2
-    assert set(summary["classes"]) == {"0", "NA", "café"}
-    for label, counts in summary["classes"].items():
-        assert counts == table["split"][table["label"] == label].value_counts().to_dict()
+    assert {row["class"] for row in summary["classes"]} == {"0", "NA", "café"}
+    for row in summary["classes"]:
+        label = row.pop("class")
+        assert row == table["split"][table["label"] == label].value_counts().to_dict()
     assert table.groupby("group")["split"].nunique().max() == 1
 
 

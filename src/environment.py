@@ -1,0 +1,86 @@
+"""The machine: what of it changes the bits of a result, how that is settled, and its record beside the results."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.params import Train
+from src.runtime import PipelineError
+
+PACKAGES = (
+    "dvc dvclive filelock jinja2 kaggle lightning-fabric matplotlib mlxtend numpy pandas pillow pydantic pyyaml "
+    "requests safetensors scikit-learn scipy torch tqdm"
+).split()
+"""What the pipeline itself uses, as in requirements.in."""
+
+# MKL takes its code by the CPU's maker: off Intel it ignores any branch of MKL_CBWR but COMPATIBLE, so that products of
+# matrices, exp and log differ (measured on AMD and emulated Intel, and in Intel's oneMKL developer guide).
+# Its square root differs even so, which is why nothing here computes one in torch: Adam is fused.
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+"""The variables that torch 2.14 and its libraries read before they first compute."""
+
+
+def settle(params: Train) -> None:
+    """Fix threads and, where the params ask for portable bits, the instruction set; before torch computes anything.
+
+    Raises PipelineError on an x86-64 CPU that lacks AVX2. Elsewhere, portable bits mean a fixed number of threads.
+    """
+    if params.portable and platform.machine() in ("x86_64", "AMD64"):
+        os.environ |= PORTABLE
+        if (found := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+            raise PipelineError(
+                f"train.portable needs a CPU with AVX2, this one has {found}; set train.portable: false"
+            )
+    torch.set_num_threads(params.threads or os.cpu_count() or 1)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Describe what a result is made with; no time and no host's name: the same machine gives the same bytes."""
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "cpu": _cpu_name(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "math": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_MATH)},
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "driver": _driver() if cuda else None,
+    }
+
+
+_MATH = ("ATEN_", "DNNL_", "KMP_", "MKL_", "ONEDNN_")
+
+
+def bits(record: dict[str, Any], params: Train) -> dict[str, Any]:
+    """Give the part of a record on which the weights' bits depend; portable ones do not on the kind of CPU."""
+    keys = {"isa", "threads", "math", "device", "gpu", "cuda", "cudnn", "driver"} | (
+        set() if params.portable else {"cpu"}
+    )
+    packages = {name: record["packages"][name] for name in ("torch", "lightning-fabric")}
+    return {key: record[key] for key in sorted(keys)} | packages
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; Linux tells it in a file."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

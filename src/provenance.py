@@ -1,0 +1,81 @@
+"""What a stage is made of: the files and params that dvc.yaml names for it, and whether they are still the same."""
+
+import hashlib
+from pathlib import Path
+
+import yaml
+
+from src import paths
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def inputs_of(stage: str) -> dict[str, str]:
+    """Give the SHA-256 of each file that a stage depends on by dvc.yaml; code, as it was when it was imported."""
+    return {name: _CODE[name] if name in _CODE else hash_file(Path(name)) for name in _declared(stage)}
+
+
+def hash_file(path: Path) -> str:
+    """Give the SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Sources:
+    """What a stage is made of, remembered at its start.
+
+    DVC hashes dependencies after the command ran (3.67, dvc#11058), so that an edit during a run would be recorded
+    beside outputs that it never made.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.before = self._look() | {name: _CODE[name] for name in _declared(stage) if name in _CODE}
+
+    def changed(self) -> list[str]:
+        """Name the files and params that are not what they were."""
+        now = self._look()
+        return sorted(name for name in self.before | now if self.before.get(name) != now.get(name))
+
+    def _look(self) -> dict[str, object]:
+        code = _read_code()
+        deps = _declared(self.stage)
+        return {name: code.get(name) if name in _CODE else _identity(Path(name)) for name in deps} | _params(self.stage)
+
+
+def _stage(stage: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].get(
+        stage, {}
+    )
+    return found
+
+
+def _declared(stage: str) -> list[str]:
+    # A dep whose name is a param is the user's own folder, which `fetch` watches.
+    return [dep for dep in _stage(stage).get("deps", []) if not dep.startswith("$")]
+
+
+def _params(stage: str) -> dict[str, object]:
+    """Each value of the stage's sections; a file that cannot be read now is one that changed."""
+    try:
+        params = yaml.safe_load(paths.PARAMS.read_text(encoding="utf-8"))
+        sections = {section: params[section] for section in _stage(stage).get("params", [])}
+        return {
+            f"{paths.PARAMS}: {section}.{key}": value for section in sections for key, value in params[section].items()
+        }
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return {f"{paths.PARAMS}": None}
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tell a file from another: when it was changed last, in ns, and its length."""
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+
+
+def _read_code() -> dict[str, str]:
+    files = [file for folder in ("src", "stages") for file in (ROOT / folder).iterdir() if file.is_file()]
+    return {file.relative_to(ROOT).as_posix(): hash_file(file) for file in files}
+
+
+# Read at import, which every stage does among the first: hardly an edit falls between importing and noticing.
+_CODE = _read_code()
