@@ -23,6 +23,9 @@ PACKAGES = (
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
 """The variables that torch 2.14 and its libraries read before they first compute."""
 
+_MATH = ("ATEN_", "DNNL_", "KMP_", "MKL_", "ONEDNN_")
+"""How the names of variables begin that change how torch computes on a CPU."""
+
 
 def settle(params: Train) -> None:
     """Fix threads and, where the params ask for portable bits, the instruction set; before torch computes anything.
@@ -55,9 +58,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "driver": _driver() if cuda else None,
     }
-
-
-_MATH = ("ATEN_", "DNNL_", "KMP_", "MKL_", "ONEDNN_")
 
 
 def bits(record: dict[str, Any], params: Train) -> dict[str, Any]:

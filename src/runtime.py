@@ -30,7 +30,10 @@ def run(main: Callable[[], None]) -> None:
     # A stage that outlived its killed `dvc repro` would otherwise write the same files as its successor.
     with in_one_sentence(), alone(RESUME / f"{stage}.lock", f"another process still runs {stage} in this folder"):
         _sources = Sources(stage)
-        main()
+        try:
+            main()
+        finally:
+            _sources = None
 
 
 @contextmanager

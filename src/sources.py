@@ -19,7 +19,7 @@ from typing import Any
 
 from src import archive
 from src.params import Download
-from src.runtime import RESUME, PipelineError, home
+from src.runtime import RESUME, PipelineError, alone, home
 
 TIMEOUT = (20, 60)  # seconds: to connect, and between two bytes
 BUSY = frozenset([429, 500, 502, 503, 504])
@@ -68,14 +68,13 @@ def _identity(file: Path) -> dict[str, object]:
 def _kaggle(params: Download, target: Path) -> dict[str, object]:
     """Kaggle's own bytes of one version, through Kaggle's own client; a broken download goes on where it stopped."""
     import requests
-    from filelock import FileLock
 
     # In a --temp or queued run the current folder is a throw-away copy; the half file must outlive it.
     folder = home() / RESUME / "downloads" / f"{params.dataset.replace('/', '-')}-{params.version}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder / "archive.zip"
-    # Queued runs may want the same archive at once; the second waits.
-    with FileLock(folder.with_suffix(".lock")), redirect_stdout(io.StringIO()), _guarded():
+    # Queued runs may want the same archive at once.
+    lock = alone(folder.with_suffix(".lock"), f"another process fetches {_name(params)}")
+    with lock, redirect_stdout(io.StringIO()), _guarded():
         folder.mkdir(exist_ok=True)
         api = _client(folder)
         try:

@@ -172,6 +172,7 @@ def test_an_edit_during_a_run_fails_the_stage_that_it_touches(
     assert "Traceback" not in output
     assert project.bytes("dvc.lock") == lock
     assert not (project.folder / "models/model.safetensors").exists()
+    assert not (project.folder / "metrics/train/metrics.json").exists()
     file.write_text(before, encoding="utf-8")
     assert "going on after epoch 4 of 4" in project.dvc("repro")
 

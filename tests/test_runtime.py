@@ -1,6 +1,7 @@
 """Outputs appear whole or not at all, and what goes wrong for the user's reasons is one sentence."""
 
 import errno
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +66,15 @@ def test_the_former_folder_of_a_killed_run_is_not_lost(tmp_path: Path) -> None:
     with pytest.raises(PipelineError), in_sight(log):
         raise PipelineError
     assert (log / "a.txt").read_text() == "old"
+
+
+def test_what_one_run_watched_does_not_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["stages/plot.py"])
+    run(lambda: None)
+    monkeypatch.chdir(tmp_path)  # where there are no params, which would count as changed
+    with whole(tmp_path / "a.txt") as (part,):
+        write(part, "a")
+    assert (tmp_path / "a.txt").read_text() == "a"
 
 
 def test_a_second_process_waits_for_the_first_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
