@@ -20,7 +20,7 @@ test: $(VENV)/ready
 torture: $(VENV)/ready
 	OMP_NUM_THREADS=1 python -m tests.torture
 
-# Trains on emulated CPUs of Intel and AMD: are the bytes the same? Needs `apt install qemu-user`; takes minutes.
+# Trains on emulated CPUs of Intel and AMD: are the bytes the same? Needs qemu-user 10 (Debian 13); takes minutes.
 portable: $(VENV)/ready
 	FULL=1 pytest --capture=no tests/test_portable.py
 

@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from src import paths
-from src.params import Train
+from src.params import Augment, Train
 from src.runtime import PipelineError
 
 Pixels = NDArray[np.uint8]
@@ -26,12 +27,14 @@ Pixels = NDArray[np.uint8]
 class Table:
     """Some rows of all images, and their classes.
 
-    images: (N, S, S, C) uint8; rows: (M,) int64 of those that belong to this table; labels: (M,) int64.
+    images: (N, S, S, C) uint8; rows: (M,) int64 of those that belong to this table; labels: (M,) int64; classes: how
+    many there are.
     """
 
     images: Tensor
     rows: Tensor
     labels: Tensor
+    classes: int
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,11 +48,26 @@ class Table:
 class Draw:
     """What chance decides for each of N images, drawn on the CPU, so that every device sees the same.
 
-    flip: (N,) bool; shift: (N, 2) int64, pixels down and right.
+    shift: (N, 2) int64, pixels right and down; view: (N, 2, 3), the affine map from a place in the new image, x and y
+    from -1 to 1, to that in the old one; colour: (N, 6), changes of brightness, contrast, saturation and each channel;
+    hole, patch: (N, 4), left, top, right and bottom, 0 to 1, of what is painted over, and of what another image covers;
+    blend: (N,), how much of another image shines through.
     """
 
-    flip: Tensor
     shift: Tensor
+    view: Tensor
+    colour: Tensor
+    hole: Tensor
+    patch: Tensor
+    blend: Tensor
+
+    def __getitem__(self, which: slice) -> "Draw":
+        """Give what is drawn for some of the images."""
+        return Draw(**{name: drawn[which] for name, drawn in vars(self).items()})
+
+    def to(self, device: torch.device) -> "Draw":
+        """Bring it to a device."""
+        return Draw(**{name: drawn.to(device) for name, drawn in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -87,9 +105,9 @@ class Dataset:
         codes = pd.Categorical(self.places["label"].iloc[rows], categories=self.classes).codes
         labels = torch.from_numpy(codes.astype(np.int64))
         if device.type == "cpu":
-            return Table(torch.from_numpy(self.images), torch.from_numpy(rows), labels)
+            return Table(torch.from_numpy(self.images), torch.from_numpy(rows), labels, len(self.classes))
         copied = torch.from_numpy(self.images[rows]).to(device)
-        return Table(copied, torch.arange(len(rows), device=device), labels.to(device))
+        return Table(copied, torch.arange(len(rows), device=device), labels.to(device), len(self.classes))
 
 
 def read_dataset() -> Dataset:
@@ -151,22 +169,94 @@ def step_generator(
     return Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def draw(count: int, *, flip: bool, shift: int, generator: Generator) -> Draw:
+def draw(count: int, params: Augment, generator: Generator) -> Draw:
     """Draw the augmentation of `count` images; what is turned off is drawn all the same, so it shifts nothing else."""
-    coins = torch.rand(count, generator=generator) < 0.5
-    steps = torch.randint(-shift, shift + 1, (count, 2), generator=generator)
-    return Draw(flip=coins & flip, shift=steps)
+    flip, mix, cover, erase, hole, area = torch.rand(6, count, generator=generator)
+    ratio, angle = torch.rand(2, count, generator=generator) * 2 - 1
+    place, corner, spot = torch.rand(3, count, 2, generator=generator)
+    colour = torch.rand(count, 6, generator=generator) * 2 - 1
+    shift = torch.randint(-params.shift, params.shift + 1, (count, 2), generator=generator)
+
+    # Sides whose product is the area, and whose ratio is at most `stretch`, either way round; neither is longer than
+    # the image. Roots are taken through logarithms, since the last bit of torch's own square root depends on the CPU
+    # (see src/environment.py).
+    area = torch.log(1 - area * (1 - params.crop))
+    ratio = (ratio * math.log(params.stretch)).clamp(area, -area)
+    sides = torch.exp(torch.stack([area + ratio, area - ratio], 1) / 2)
+    angle = angle * math.radians(params.rotate)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(count, 2, 2)
+    mirror = torch.stack([torch.where((flip < 0.5) & params.flip, -1.0, 1.0), torch.ones(count)], 1)
+    offset = (1 - sides) * (2 * place - 1)
+
+    # One at the lower and one at the upper end, so that neither moves the other.
+    blended, covered = mix < params.mixup, mix >= 1 - params.cutmix
+    return Draw(
+        shift=shift,
+        view=torch.cat([sides[:, :, None] * turn * mirror[:, None], offset[:, :, None]], 2),
+        colour=colour * params.jitter,
+        hole=_box(spot, (0.02 + 0.18 * hole) * (erase < params.erase)),
+        patch=_box(corner, cover * covered),
+        blend=cover * blended,
+    )
 
 
-def augment(images: Tensor, drawn: Draw) -> Tensor:
-    """Mirror and move each image as drawn; what comes in from outside repeats the edge. (N, S, S, C) uint8 -> same."""
-    size = torch.arange(images.shape[1])
-    down = (size - drawn.shift[:, :1]).clamp(0, len(size) - 1)
-    right = (size - drawn.shift[:, 1:]).clamp(0, len(size) - 1)
-    right = torch.where(drawn.flip[:, None], len(size) - 1 - right, right)
-    down, right = down.to(images.device), right.to(images.device)
-    image = torch.arange(len(images), device=images.device)
-    return images[image[:, None, None], down[:, :, None], right[:, None, :]]
+def augments(params: Augment) -> bool:
+    """Tell whether any image is changed at all."""
+    unchanged = {"crop": 1.0, "stretch": 1.0}
+    return any(value != unchanged.get(name, 0) for name, value in params)
+
+
+def augment(images: Tensor, labels: Tensor, drawn: Draw, params: Augment, classes: int) -> tuple[Tensor, Tensor]:
+    """Change each image as drawn, and mix it with the next one of the batch where that is drawn.
+
+    images: (B, S, S, C) uint8; labels: (B,) int64. Gives images whose side is `size`, or the same where that is 0, and
+    labels as shares of the classes, (B, classes). Random resized crop as in Szegedy et al. 2015, colours as in Howard
+    2013, random erasing as in Zhong et al. 2017, mixup as in Zhang et al. 2018, CutMix as in Yun et al. 2019.
+    """
+    targets = F.one_hot(labels, classes).float()
+    if not augments(params):
+        return images, targets
+    count, side, _, channels = images.shape
+    size, drawn = params.size or side, drawn.to(images.device)
+    # Sampled a channel at a time, which is three times faster on a CPU than pixels with their channels side by side.
+    pixels = images.permute(0, 3, 1, 2).float().contiguous()
+    turn, offset = drawn.view.split([2, 1], dim=2)
+    view = torch.cat([turn, offset - turn @ (drawn.shift[:, :, None] * (2 / side))], 2)
+    grid = F.affine_grid(view, [count, channels, size, size], align_corners=False)
+    pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    if params.jitter:
+        pixels = _recolour(pixels, drawn.colour)
+    if params.mixup or params.cutmix:
+        patch = _inside(drawn.patch, size)
+        share = torch.where(patch, 1.0, drawn.blend.view(-1, 1, 1, 1))
+        pixels = torch.lerp(pixels, pixels.roll(-1, 0), share)
+        targets = torch.lerp(targets, targets.roll(-1, 0), share.mean((1, 2, 3))[:, None])
+    if params.erase:
+        pixels = torch.where(_inside(drawn.hole, size), pixels.mean((2, 3), keepdim=True), pixels)
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), targets
+
+
+def _recolour(pixels: Tensor, change: Tensor) -> Tensor:
+    """Scale brightness, contrast and saturation by 1 + change, and each channel by half of what is drawn for it."""
+    brightness, contrast, saturation, *tint = change.view(-1, 6, 1, 1, 1).unbind(1)
+    gray = pixels.mean(1, keepdim=True)
+    pixels = torch.lerp(gray, pixels, 1 + saturation)
+    pixels = torch.lerp(pixels.mean((1, 2, 3), keepdim=True), pixels, 1 + contrast)
+    return (pixels * (1 + brightness + torch.cat(tint[: pixels.shape[1]], 1) / 2)).clamp(0, 255)
+
+
+def _box(place: Tensor, area: Tensor) -> Tensor:
+    """Squares of a share of the image, within it at places (N, 2): left, top, right, bottom, (N, 4)."""
+    side = torch.exp(torch.log(area) / 2)[:, None]
+    start = place * (1 - side)
+    return torch.cat([start, start + side], 1)
+
+
+def _inside(box: Tensor, size: int) -> Tensor:
+    """Tell which pixels have their middle in the box: (N, 4) -> (N, 1, S, S) bool."""
+    places = (torch.arange(size, device=box.device) + 0.5) / size
+    across, down = ((places >= box[:, i, None]) & (places < box[:, i + 2, None]) for i in (0, 1))
+    return (down[:, :, None] & across[:, None, :])[:, None]
 
 
 def count_steps(count: int, batch: int) -> int:
@@ -183,14 +273,13 @@ def plan(count: int, params: Train, *, epoch: int, step: int, rank: int = 0, wor
     images.
     """
     picks = epoch_order(count, seed=params.seed, epoch=epoch)[(step - 1) * params.batch : step * params.batch]
-    generator = step_generator("augmentation", params.seed, epoch, step)
-    drawn = draw(len(picks), flip=params.flip, shift=params.shift, generator=generator)
-    return picks[rank::world], Draw(flip=drawn.flip[rank::world], shift=drawn.shift[rank::world])
+    drawn = draw(len(picks), params.augment, step_generator("augmentation", params.seed, epoch, step))
+    return picks[rank::world], drawn[rank::world]
 
 
 def batches(table: Table, params: Train, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield augmented images (B, S, S, C) uint8 and labels (B,) of each step of an epoch (from 1) after `done`."""
+    """Yield what each step of an epoch (from 1) after `done` sees: images (B, S, S, C) uint8, labels (B, classes)."""
     for step in range(done + 1, count_steps(len(table), params.batch) + 1):
         picks, drawn = plan(len(table), params, epoch=epoch, step=step)
         images, labels = table.take(picks.to(table.rows.device))
-        yield augment(images, drawn) if params.flip or params.shift else images, labels
+        yield augment(images, labels, drawn, params.augment, table.classes)

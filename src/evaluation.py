@@ -18,15 +18,20 @@ SMALLEST = 2.0**-52
 """What a probability of 0 counts as in the loss, as in scikit-learn."""
 
 
-def predict(network: nn.Module, table: Table, *, batch: int) -> Probabilities:
-    """Give the class probabilities of each image of a table: (N, classes), each row summing to 1."""
+def predict(network: nn.Module, table: Table, *, batch: int, flip: bool = False) -> Probabilities:
+    """Give the class probabilities of each image of a table: (N, classes), each row summing to 1.
+
+    With `flip`, they are the mean of those of the image and of its mirror image.
+    """
     network = network.to(table.images.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     found = []
     with torch.inference_mode(), tqdm(total=len(table), desc="evaluate", unit=" images", disable=None) as bar:
         for picks in torch.arange(len(table), device=table.rows.device).split(batch):
             # Softmax on the CPU in double precision, which Apple's devices do not have.
-            logits = network(table.take(picks)[0]).float().cpu().double()
-            found.append(logits.softmax(1).numpy())
+            images = table.take(picks)[0]
+            views = [images, images.flip(2)] if flip else [images]
+            shares = [network(view).float().cpu().double().softmax(1) for view in views]
+            found.append((sum(shares[1:], shares[0]) / len(shares)).numpy())
             bar.update(len(picks))
     return np.concatenate(found)
 

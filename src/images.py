@@ -239,11 +239,17 @@ def _interrupts_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    caught: list[int] = []
+    # Blocked, for the processes that begin here; and caught, since another thread may be the one that is interrupted.
+    former = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, former)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _start_worker() -> None:

@@ -4,10 +4,11 @@ Every network takes uint8 pixels as prepared, (N, S, S, C), and gives logits, (N
 layer, so that training, evaluation and deployment share one contract.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,58 +16,140 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
+from src import backbones
 from src.params import Model
-from src.runtime import PipelineError
+from src.runtime import PipelineError, mirror
 
 
 @dataclass(frozen=True)
 class Card:
-    """What has to be known to build a network again; kept in the model file."""
+    """What has to be known to build a network again; kept in the model file.
+
+    network, widths, depth, dropout, head, input_size: as in params.yaml under model; size, channels: of the prepared
+    images; classes: in the order of the logits; weights: the SHA-256 of the pretrained weights it began with, or ''.
+    """
 
     network: str
+    widths: list[int]
+    depth: int
     dropout: float
+    head: list[int]
+    input_size: int
     size: int
     channels: int
     classes: list[str]
+    weights: str = ""
 
 
-def article(*, size: int, channels: int, classes: int, dropout: float) -> list[nn.Module]:
+def article(card: Card) -> list[nn.Module]:
     """The Animals-10 tutorial's network: 2,232,554 parameters at 128 px, RGB and 10 classes."""
-    _needs(size >= 32, "article", size, "at least 32, since it halves the image five times")
-    widths = [channels, 16, 32, 64, 128, 256]
+    _needs(card.size >= 32, card, "at least 32, since it halves the image five times")
+    widths = [card.channels, 16, 32, 64, 128, 256]
     # The tutorial pools after the ReLU. The two commute; pooled first, the ReLU touches a quarter of the memory.
     blocks = [[nn.Conv2d(narrow, wide, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()] for narrow, wide in pairwise(widths)]
     return [
         *(layer for block in blocks for layer in block),
         nn.Flatten(),
-        Dropout(dropout),
-        nn.Linear(256 * (size // 32) ** 2, 448),
+        Dropout(card.dropout),
+        nn.Linear(256 * (card.size // 32) ** 2, 448),
         nn.ReLU(),
-        nn.Linear(448, classes),
+        nn.Linear(448, len(card.classes)),
     ]
 
 
-def keras_mnist(*, size: int, channels: int, classes: int, dropout: float) -> list[nn.Module]:
+def keras_mnist(card: Card) -> list[nn.Module]:
     """The Keras MNIST tutorial's network: 225,034 parameters at 28 px, gray and 10 classes."""
-    _needs(size >= 10, "keras_mnist", size, "at least 10")
-    side = ((size - 2) // 2 - 2) // 2
+    _needs(card.size >= 10, card, "at least 10")
+    side = ((card.size - 2) // 2 - 2) // 2
     return [
-        nn.Conv2d(channels, 32, 3),
+        nn.Conv2d(card.channels, 32, 3),
         nn.MaxPool2d(2),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3),
         nn.MaxPool2d(2),
         nn.ReLU(),
         nn.Flatten(),
-        Dropout(dropout),
+        Dropout(card.dropout),
         nn.Linear(64 * side**2, 128),
         nn.ReLU(),
-        nn.Linear(128, classes),
+        nn.Linear(128, len(card.classes)),
     ]
 
 
-NETWORKS: dict[str, Callable[..., list[nn.Module]]] = {"article": article, "keras_mnist": keras_mnist}
+def residual(card: Card) -> list[nn.Module]:
+    """A residual network (He et al. 2016): a stem, then a stage for each of `widths`, of `depth` blocks.
+
+    Each stage halves the image. The stem takes large images down to 64 pixels or more, so that any size costs about the
+    same. It ends in an average over all places, so that a network may see images of other sizes than it was trained on.
+    """
+    widths, stride = [max(1, card.widths[0] // 2), *card.widths], max(1, card.size // 64)
+    _needs(card.size >= 2 ** len(widths), card, f"at least {2 ** len(widths)}, since it halves the image so often")
+    return [
+        *convolution(card.channels, widths[0], side=max(3, 2 * stride - 1), stride=stride),
+        nn.ReLU(),
+        *(
+            Residual(wide if block else narrow, wide, stride=1 if block else 2)
+            for narrow, wide in pairwise(widths)
+            for block in range(card.depth)
+        ),
+        Mean(),
+        Dropout(card.dropout),
+        nn.Linear(widths[-1], len(card.classes)),
+    ]
+
+
+NETWORKS: dict[str, Callable[[Card], list[nn.Module]]] = {
+    "article": article,
+    "keras_mnist": keras_mnist,
+    "residual": residual,
+}
+
+
+def convolution(narrow: int, wide: int, *, side: int = 3, stride: int = 1) -> list[nn.Module]:
+    """A convolution and its normalisation (Ioffe and Szegedy 2015), which makes a bias of its own needless."""
+    return [nn.Conv2d(narrow, wide, side, stride, side // 2, bias=False), nn.BatchNorm2d(wide)]
+
+
+class Residual(nn.Module):
+    """Two convolutions, their channels weighed, and a shortcut: (N, narrow, S, S) -> (N, wide, S/stride, S/stride)."""
+
+    def __init__(self, narrow: int, wide: int, *, stride: int) -> None:
+        super().__init__()
+        first, second = convolution(narrow, wide, stride=stride), convolution(wide, wide)
+        nn.init.constant_(second[-1].get_parameter("weight"), 0)  # it begins as its shortcut (Goyal et al. 2017)
+        self.body = nn.Sequential(*first, nn.ReLU(), *second, Excitation(wide))
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut.append(nn.AvgPool2d(stride, ceil_mode=True))
+        if stride > 1 or narrow != wide:
+            self.shortcut.extend(convolution(narrow, wide, side=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Add what the body finds to what was there."""
+        return F.relu(self.body(features) + self.shortcut(features))
+
+
+class Excitation(nn.Module):
+    """Squeeze and excitation (Hu et al. 2018): weighs each channel by what all of them say of the whole image."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.squeeze, self.excite = nn.Linear(wide, math.ceil(wide / 8)), nn.Linear(math.ceil(wide / 8), wide)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Weigh the channels: (N, F, S, S) -> same."""
+        weights = torch.sigmoid(self.excite(F.relu(self.squeeze(features.mean((2, 3))))))
+        return features * weights[:, :, None, None]
+
+
+class Mean(nn.Module):
+    """Global average pooling: (N, F, S, S) -> (N, F). AdaptiveAvgPool2d does not repeat its bits on CUDA."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Average over all places."""
+        return features.mean((2, 3))
 
 
 class Dropout(nn.Module):
@@ -84,50 +167,120 @@ class Dropout(nn.Module):
         return features * kept / (1 - self.share)
 
 
+class Resize(nn.Module):
+    """Bilinear with antialiasing, as `prepare` does it: (N, C, S, S) -> (N, C, size, size)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = (size, size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Resize, unless it has the size already."""
+        if features.shape[2:] == self.size:
+            return features
+        return F.interpolate(features, self.size, mode="bilinear", antialias=True, align_corners=False)
+
+
 class Network(nn.Module):
-    """Pixels in, logits out: normalisation, then the layers in their order."""
+    """Pixels in, logits out: normalisation, then the layers in their order; the first ones may be a backbone."""
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layers: Sequence[nn.Module], *, mean: Sequence[float], deviation: Sequence[float]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        mean: Sequence[float],
+        deviation: Sequence[float],
+        backbone: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation, dtype=torch.float32).view(1, -1, 1, 1))
+        self.backbone = nn.Sequential(*backbone)
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, pixels: Tensor, generator: Generator | None = None) -> Tensor:
-        """Give the logits, (N, classes), of uint8 pixels, (N, S, S, C); dropout draws from `generator` in training."""
-        # Seen as (N, C, S, S), this memory is what torch calls channels_last: nothing is copied.
-        features = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.deviation
+    def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        """Give the logits, (N, classes), of uint8 pixels, (N, S, S, C), or of the features that `embed` gave.
+
+        Dropout draws from `generator` in training.
+        """
+        features = self.embed(images) if images.dtype == torch.uint8 else images
         for layer in self.layers:
             features = layer(features, generator) if isinstance(layer, Dropout) else layer(features)
         return features
 
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Give the backbone's features, (N, F), of uint8 pixels, (N, S, S, C); without one, the normalised pixels."""
+        # Seen as (N, C, S, S), this memory is what torch calls channels_last: nothing is copied.
+        features: Tensor = self.backbone((pixels.permute(0, 3, 1, 2).float() - self.mean) / self.deviation)
+        return features
 
-def build(card: Card, *, mean: Sequence[float], deviation: Sequence[float]) -> Network:
-    """Build a network with weights yet to be drawn or loaded. Raises PipelineError for an unknown name."""
+
+@torch.random.fork_rng(devices=[])  # torch's layers draw weights when they are made, which nothing uses
+def build(
+    card: Card, *, mean: Sequence[float], deviation: Sequence[float], generator: Generator | None = None
+) -> Network:
+    """Build a network whose weights are yet to be drawn or loaded; a backbone brings its own mean and deviation.
+
+    Raises PipelineError for an unknown name, or a size that the network cannot have.
+    """
+    if card.network.startswith(backbones.PREFIX):
+        found = backbones.make_backbone(card.network, channels=card.channels, size=card.input_size, generator=generator)
+        head: list[nn.Module] = []
+        for narrow, wide in pairwise([found.features, *card.head]):
+            head += [Dropout(card.dropout), nn.Linear(narrow, wide), nn.ReLU()]
+        head += [Dropout(card.dropout), nn.Linear([found.features, *card.head][-1], len(card.classes))]
+        body = [Resize(found.size), found.module]
+        return Network(head, mean=found.mean, deviation=found.deviation, backbone=body)
     if card.network not in NETWORKS:
-        raise PipelineError(f"model.name is {card.network!r}, expected one of {', '.join(NETWORKS)}")
-    layers = NETWORKS[card.network](
-        size=card.size, channels=card.channels, classes=len(card.classes), dropout=card.dropout
-    )
-    return Network(layers, mean=mean, deviation=deviation)
+        raise PipelineError(f"model.name is {card.network!r}, expected one of {', '.join(NETWORKS)}, or timm/NAME")
+    return Network(NETWORKS[card.network](card), mean=mean, deviation=deviation)
 
 
-def start(card: Card, mean: Sequence[float], deviation: Sequence[float], generator: Generator) -> Network:
-    """Build a network with weights drawn from the generator."""
-    network = build(card, mean=mean, deviation=deviation)
-    initialize(network, generator)
-    return network
+def start(
+    params: Model,
+    size: int,
+    channels: int,
+    classes: list[str],
+    statistics: tuple[list[float], list[float]],
+    generator: Generator,
+) -> tuple[Network, Card]:
+    """Build the network that the params ask for, with its card.
+
+    Its weights are drawn from the generator, but for those of a pretrained backbone; statistics: mean and standard
+    deviation of each channel, 0 to 255, by which a network without a backbone normalises.
+    """
+    mirror(Path(params.weights))  # for any network: DVC hashes them
+    card = make_card(params, size=size, channels=channels, classes=classes)
+    network = build(card, mean=statistics[0], deviation=statistics[1], generator=generator)
+    initialize(network.layers, generator)
+    if len(network.backbone) and params.pretrained:
+        resize, backbone = network.backbone
+        assert isinstance(resize, Resize)
+        weights = backbones.pretrained_weights(params, backbone, channels=channels, size=resize.size[0])
+        backbone.load_state_dict(weights)
+        card = replace(card, weights=hashlib.sha256(pack(weights)).hexdigest())
+    return network, card
 
 
 def make_card(params: Model, *, size: int, channels: int, classes: list[str]) -> Card:
     """Describe the network that the params ask for."""
-    return Card(network=params.name, dropout=params.dropout, size=size, channels=channels, classes=classes)
+    return Card(
+        network=params.name,
+        widths=list(params.widths),
+        depth=params.depth,
+        dropout=params.dropout,
+        head=list(params.head),
+        input_size=params.input_size,
+        size=size,
+        channels=channels,
+        classes=classes,
+    )
 
 
-def initialize(network: Network, generator: Generator) -> None:
+def initialize(network: nn.Module, generator: Generator) -> None:
     """Draw the initial weights from the generator, as torch's own layers do: uniform within 1/sqrt(fan-in)."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -169,6 +322,6 @@ def load(path: Path) -> tuple[Network, Card]:
     return network.eval(), card
 
 
-def _needs(fulfilled: bool, name: str, size: int, expected: str) -> None:
+def _needs(fulfilled: bool, card: Card, expected: str) -> None:
     if not fulfilled:
-        raise PipelineError(f"prepare.size is {size}, but {name} expects {expected}")
+        raise PipelineError(f"prepare.size is {card.size}, but {card.network} expects {expected}")

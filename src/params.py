@@ -1,7 +1,8 @@
 """params.yaml as frozen, typed sections: the manual of every knob, and the only reader of that file."""
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -83,9 +84,53 @@ class Model(Section):
     """The network."""
 
     name: str
-    """A function of src/networks.py: article or keras_mnist."""
+    """A function of src/networks.py (article, keras_mnist, residual), or timm/NAME for a backbone of timm."""
+    widths: Annotated[list[Count], Field(min_length=1)]
+    """residual: channels of each stage."""
+    depth: Count
+    """residual: blocks a stage."""
     dropout: Share
     """Share of the features that are set to zero in training."""
+    pretrained: bool
+    """timm: begin with pretrained weights; false draws them."""
+    weights: str
+    """timm: a file of weights, or a folder with NAME.safetensors; else the hub's cache, or the hub."""
+    input_size: CountOrOff
+    """timm: side to which the backbone has the images resized; 0 takes the one of its own configuration."""
+    head: list[Count]
+    """timm: widths of the fully connected layers between backbone and classes."""
+
+
+class Augment(Section):
+    """How each training image is changed, each by its own draw, on the device."""
+
+    size: CountOrOff
+    """Side of what training sees, in pixels: smaller costs less, and larger images are then known better (Touvron et
+    al. 2019). 0 keeps prepare.size."""
+    flip: bool
+    """Mirror it left to right with probability 1/2."""
+    shift: CountOrOff
+    """Move it by up to so many pixels each way; what comes in from outside repeats the edge."""
+    rotate: Annotated[float, Field(ge=0, le=180)]
+    """Turn it by up to so many degrees each way."""
+    crop: Annotated[float, Field(gt=0, le=1)]
+    """Cut out a part of at least this share of its area, and enlarge it (random resized crop); 1 keeps the whole."""
+    stretch: Annotated[float, Field(ge=1, le=4)]
+    """Let the sides of the cut part differ by up to this ratio; 1 keeps it square."""
+    jitter: Share
+    """Change brightness, contrast, saturation and tint by up to this share each."""
+    erase: Share
+    """Paint over a box of 2 to 20 % of its area with probability `erase` (random erasing)."""
+    mixup: Share
+    """Blend it with another one of its step, and their labels, with probability `mixup`."""
+    cutmix: Share
+    """Paste a box of another one of its step onto it, labels by area, with probability `cutmix`."""
+
+    @model_validator(mode="after")
+    def _one_mix_an_image(self) -> "Augment":
+        if self.mixup + self.cutmix > 1:
+            raise ValueError(f"mixup + cutmix is {self.mixup + self.cutmix:g}, expected at most 1")
+        return self
 
 
 class Train(Section):
@@ -97,19 +142,33 @@ class Train(Section):
     """Passes over the training images."""
     batch: Count
     """Images a step, over all devices together."""
+    optimizer: Literal["adam", "adamw", "sgd"]
+    """adam, adamw (decay apart from the gradient) or sgd (Nesterov momentum of 0.9)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Adam's learning rate, such as 1.0e-3; the highest, where the schedule changes it."""
-    schedule: Literal["constant", "wsd", "cosine"]
-    """constant; wsd: warm-up, stable, then linear decay to 0; cosine: decay from the warm-up's end on. A longer run
-    continues where a shorter one stood: constant from its end, wsd from the end of its stable part, cosine never."""
+    """The learning rate, such as 1.0e-3; the highest, where the schedule changes it."""
+    schedule: Literal["constant", "wsd", "cosine", "onecycle"]
+    """constant; wsd: warm-up, stable, then linear decay to 0; cosine: decay from the warm-up's end on; onecycle: linear
+    decay from there on. A longer run continues where a shorter one stood: constant from its end, wsd from the end of
+    its stable part, cosine and onecycle never."""
     warmup: CountOrOff
     """Epochs in which the learning rate grows from 0, step by step."""
     decay: CountOrOff
     """wsd: epochs at the end in which it falls to 0; else unused."""
-    flip: bool
-    """Mirror each image left to right with probability 1/2."""
-    shift: CountOrOff
-    """Move each image by up to so many pixels each way."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """The optimizer's weight decay; norms and biases have none."""
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Largest norm of the gradient of all weights together; 0 does not limit it."""
+    ema: Share
+    """Judge and keep a running average of the weights, which takes over this share of itself in each step; 0: none."""
+    label_smoothing: Share
+    """Share of each label that is spread evenly over the classes."""
+    class_weights: bool
+    """Weigh each class by its rarity, so that all count the same."""
+    freeze: CountOrOff
+    """timm: first epochs in which the backbone stays as it is and only the head is trained."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    """timm: each layer's learning rate as a share of that of the next one, so that earlier layers change less."""
+    augment: Augment
     patience: CountOrOff
     """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
     snapshot_every: CountOrOff
@@ -117,7 +176,7 @@ class Train(Section):
     device: Device
     """auto: CUDA, else Apple's MPS, else the CPU."""
     precision: Literal["auto", "32", "bf16", "16"]
-    """auto: mixed bf16 or 16 where a CUDA device has it, else 32."""
+    """auto: mixed bf16 where the device has it (on CPUs only without portable), 16 on older CUDA devices, else 32."""
     compile: bool
     """Compile the network (torch.compile): slower to start, faster a step on most GPUs."""
     threads: CountOrOff
@@ -141,6 +200,8 @@ class Evaluate(Section):
 
     batch: Count
     """Images a step; changes the speed, and the probabilities by the noise of floating point."""
+    flip: bool
+    """Average the probabilities of each image and of its mirror image (test-time augmentation)."""
     device: Device
     """As train.device."""
 
@@ -166,13 +227,27 @@ class Params(Section):
     plot: Plot
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 and DVC do, which also writes such: PyYAML's YAML 1.1 takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
+)
+
+
+def parse(text: str) -> Any:
+    """Read YAML as params.yaml is read. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def load_params(path: Path = paths.PARAMS) -> Params:
     """Read and check the whole of params.yaml, so that a typo anywhere is found by the first stage that runs.
 
     Raises PipelineError with the key's name, the value found and what was expected.
     """
     try:
-        return Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Params.model_validate(parse(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing; `git checkout {path}` brings the default back") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -193,8 +268,7 @@ def _explain(path: Path, location: tuple[int | str, ...], kind: str, message: st
         return f"{path}: {key} is missing; add it (`git show HEAD:params.yaml` shows the whole file)"
     if kind == "value_error":
         return f"{path}: {key}.{message}"
-    hint = "; YAML reads 1e-4 as text, write 1.0e-4" if kind == "float_type" and isinstance(value, str) else ""
-    return f"{path}: {key} is {value!r} ({type(value).__name__}): {message}{hint}"
+    return f"{path}: {key} is {value!r} ({type(value).__name__}): {message}"
 
 
 def _siblings(location: tuple[int | str, ...]) -> list[str]:

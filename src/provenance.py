@@ -30,7 +30,13 @@ class Sources:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
+        self.watched: list[Path] = []
         self.before = self._look() | {name: _CODE[name] for name in _declared(stage) if name in _CODE}
+
+    def watch(self, file: Path) -> None:
+        """Remember a file of the user's own, too, or that there is none."""
+        self.watched.append(file)
+        self.before[str(file)] = _identity(file)
 
     def changed(self) -> list[str]:
         """Name the files and params that are not what they were."""
@@ -40,7 +46,8 @@ class Sources:
     def _look(self) -> dict[str, object]:
         code = _read_code()
         deps = _declared(self.stage)
-        return {name: code.get(name) if name in _CODE else _identity(Path(name)) for name in deps} | _params(self.stage)
+        found = {name: code.get(name) if name in _CODE else _identity(Path(name)) for name in deps}
+        return found | {str(file): _identity(file) for file in self.watched} | _params(self.stage)
 
 
 def _stage(stage: str) -> dict[str, list[str]]:
@@ -51,7 +58,7 @@ def _stage(stage: str) -> dict[str, list[str]]:
 
 
 def _declared(stage: str) -> list[str]:
-    # A dep whose name is a param is the user's own folder, which `fetch` watches.
+    # A dep whose name is a param is the user's own: `fetch` watches the images, `pretrained_weights` its file.
     return [dep for dep in _stage(stage).get("deps", []) if not dep.startswith("$")]
 
 

@@ -36,6 +36,12 @@ def run(main: Callable[[], None]) -> None:
             _sources = None
 
 
+def watch(file: Path) -> None:
+    """Watch one more file, which has to be the same, or to be missing, to the end of this stage."""
+    if _sources:
+        _sources.watch(file)
+
+
 @contextmanager
 def in_one_sentence() -> Iterator[None]:
     """Let what goes wrong for the user's reasons end in one sentence on stderr and exit code 1."""
@@ -131,6 +137,38 @@ def remove(path: Path) -> None:
 def home() -> Path:
     """The folder of the repository, also for a --temp or queued run, which works in a copy that DVC throws away."""
     return Path(os.environ.get("DVC_ROOT", "."))
+
+
+def mirror(place: Path) -> None:
+    """Bring the user's own files that a --temp or queued run lacks: its copy holds only what git tracks (DVC 3.67).
+
+    DVC takes the hash of the dependency from this copy after the command ran, so they have to be here: otherwise the
+    lock would say that the archive was made of a README.
+    """
+    origin = home() / place
+    if place.is_absolute() or home().resolve() == Path.cwd().resolve():
+        return
+    if origin.is_file() and not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link(origin, place)
+    for folder, folders, files in os.walk(origin):
+        here = place / Path(folder).relative_to(origin)
+        here.mkdir(parents=True, exist_ok=True)
+        for name in folders + files:
+            source = Path(folder, name)
+            if os.path.lexists(here / name) or (source.is_dir() and not source.is_symlink()):
+                continue
+            if source.is_dir():
+                (here / name).symlink_to(source.resolve())  # stays a link, so that DVC's hash is the workspace's
+            else:
+                _link(source, here / name)
+
+
+def _link(source: Path, place: Path) -> None:
+    try:
+        os.link(source.resolve(), place)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, place)
 
 
 @contextmanager

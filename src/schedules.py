@@ -14,7 +14,8 @@ def learning_rate(params: Train, *, epoch: int, step: int, steps: int) -> float:
     """Give the learning rate of step `step` (from 1, of `steps` an epoch) of epoch `epoch` (from 1).
 
     Warm-up and linear decay as in warmup-stable-decay (Hu et al. 2024, MiniCPM), cosine as in SGDR (Loshchilov and
-    Hutter 2017) without restarts. Only `wsd` in its decay and `cosine` after its warm-up look at `params.epochs`.
+    Hutter 2017) without restarts, one-cycle as two straight lines (Smith 2018). Only `wsd` in its decay, and `cosine`
+    and `onecycle` after their warm-up, look at `params.epochs`.
     """
     done = (epoch - 1) * steps + step
     warmup, total = params.warmup * steps, params.epochs * steps
@@ -22,6 +23,8 @@ def learning_rate(params: Train, *, epoch: int, step: int, steps: int) -> float:
         return params.lr * done / warmup
     if params.schedule == "cosine":
         return params.lr * (1 + math.cos(math.pi * (done - 1 - warmup) / (total - warmup))) / 2
+    if params.schedule == "onecycle":
+        return params.lr * (total - done + 1) / (total - warmup + 1)
     if params.schedule == "wsd" and done > total - params.decay * steps:
         return params.lr * (total - done + 1) / (params.decay * steps + 1)
     return params.lr

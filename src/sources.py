@@ -19,7 +19,7 @@ from typing import Any
 
 from src import archive
 from src.params import Download
-from src.runtime import RESUME, PipelineError, alone, home
+from src.runtime import RESUME, PipelineError, alone, home, mirror
 
 TIMEOUT = (20, 60)  # seconds: to connect, and between two bytes
 BUSY = frozenset([429, 500, 502, 503, 504])
@@ -338,40 +338,10 @@ def _place(path: str) -> Path:
             f"download.path is {path}, outside the repository, where --temp and queued runs do not find it; write "
             f"{(home() / place).resolve()}"
         )
-    if not place.is_absolute() and home().resolve() != Path.cwd().resolve():
-        _mirror(home() / place, place)
+    mirror(place)
     if not place.exists():
         raise PipelineError(f"{home() / place} (download.path) is missing; {_WANTED}")
     return place
-
-
-def _mirror(origin: Path, place: Path) -> None:
-    """Bring what a --temp or queued run lacks: its copy of the repository holds only what git tracks (DVC 3.67).
-
-    DVC takes the hash of the dependency from this copy after the command ran, so the images have to be here: otherwise
-    the lock would say that the archive was made of a README.
-    """
-    if origin.is_file() and not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _link(origin, place)
-    for folder, folders, files in os.walk(origin):
-        here = place / Path(folder).relative_to(origin)
-        here.mkdir(parents=True, exist_ok=True)
-        for name in folders + files:
-            source = Path(folder, name)
-            if os.path.lexists(here / name) or (source.is_dir() and not source.is_symlink()):
-                continue
-            if source.is_dir():
-                (here / name).symlink_to(source.resolve())  # stays a link, so that DVC's hash is the workspace's
-            else:
-                _link(source, here / name)
-
-
-def _link(source: Path, place: Path) -> None:
-    try:
-        os.link(source.resolve(), place)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, place)
 
 
 def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str, Path | None]]:

@@ -1,5 +1,6 @@
 """The training loop: one step, one epoch, and a generator that tells how far it is and writes no file."""
 
+import copy
 import math
 import os
 import time
@@ -12,10 +13,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from tqdm import tqdm
 
-from src.batches import Table, batches, choose_device, count_steps, step_generator
+from src.backbones import layer_groups
+from src.batches import Table, augments, batches, choose_device, count_steps, step_generator
 from src.checkpoints import Store
 from src.networks import Card, Network, pack
 from src.params import Train
@@ -66,7 +68,12 @@ class Progress:
 def make_fabric(params: Train) -> Fabric:
     """Choose device and precision, and make torch repeat the same bits."""
     device = choose_device(params.device)
-    precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "auto": _best_precision(device)}
+    precision = {
+        "32": "32-true",
+        "bf16": "bf16-mixed",
+        "16": "16-mixed",
+        "auto": _best_precision(device, portable=params.portable),
+    }
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a fixed workspace
     torch.use_deterministic_algorithms(True)
     return Fabric(accelerator=device.type, devices=1, precision=precision[params.precision])  # type: ignore[arg-type]
@@ -78,32 +85,53 @@ class Trainer:
     def __init__(self, network: Network, params: Train, fabric: Fabric) -> None:
         self.params, self.fabric = params, fabric
         self.network = network.to(memory_format=torch.channels_last)
-        optimizer = Adam(self.network.parameters(), lr=params.lr, fused=fabric.device.type in ("cuda", "cpu"))
+        _check_size(self.network, params.augment.size)
+        # A fused step takes the scale of float16 off the gradient by itself, too late for clipping.
+        late = params.clip > 0 and getattr(fabric.strategy.precision, "scaler", None) is not None
+        optimizer = make_optimizer(self.network, params, fused=fabric.device.type in ("cuda", "cpu") and not late)
         compiled: nn.Module = torch.compile(self.network) if params.compile else self.network  # type: ignore[assignment]
         self.model, self.optimizer = fabric.setup(compiled, optimizer)
+        # What validation judges, and what is kept: the average of the weights, where there is one.
+        self.judged = copy.deepcopy(self.network) if params.ema else self.network
+        # timm fixes some weights for good, such as places computed from sines.
+        self._thawed = [parameter for parameter in self.network.backbone.parameters() if parameter.requires_grad]
+        self._embedded: list[Table] = []
 
     def state(self) -> dict[str, Tensor]:
-        """Give all that has to be kept beside the weights: the optimizer's moments, and the scale of float16."""
+        """Give all that has to be kept beside the weights of `judged`.
+
+        These are the optimizer's moments, the scale of float16, and the weights themselves where these are averaged.
+        """
         state = self.optimizer.state_dict()["state"]
-        moments = {f"optimizer.{index}.{name}": value for index in state for name, value in state[index].items()}
+        kept = {f"optimizer.{index}.{name}": value for index in state for name, value in state[index].items()}
         scale = self.fabric.strategy.precision.state_dict()
-        return moments | {f"precision.{name}": torch.tensor(value) for name, value in scale.items()}
+        kept |= {f"precision.{name}": torch.tensor(value) for name, value in scale.items()}
+        if self.params.ema:
+            kept |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        return kept
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Take up weights and state, in the memory format in which this network has them."""
-        self.network.load_state_dict(weights)
-        parameters = list(self.network.parameters())
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}, "precision": {}}
+        for key, value in state.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.judged.load_state_dict(weights)
+        if self.params.ema:
+            self.network.load_state_dict(parts["network"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
-        for key in (key for key in state if key.startswith("optimizer.")):
-            _, index, name = key.split(".", 2)
-            like, value = parameters[int(index)], state[key]
+        for key, value in parts["optimizer"].items():
+            index, _, name = key.partition(".")
+            like = parameters[int(index)]
             # A fused step walks weights and moments in the order of memory, so both must have the same.
             kept = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
             moments.setdefault(int(index), {})[name] = kept
-        groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        scale = {key.removeprefix("precision."): state[key].item() for key in state if key.startswith("precision.")}
-        self.fabric.strategy.precision.load_state_dict(scale)
+        self.fabric.strategy.precision.load_state_dict(
+            {name: value.item() for name, value in parts["precision"].items()}
+        )
 
     def fit(self, train: Table, validation: Table, progress: Progress | None = None) -> Iterator[Progress]:
         """Train on from `progress`, and yield after each epoch, and within one every `checkpoint_minutes`.
@@ -120,7 +148,8 @@ class Trainer:
             while not _has_ended(progress.history, params):
                 epoch = len(progress.history) + 1
                 bar.set_description(f"epoch {epoch}/{params.epochs}")
-                for step, sums in self._train_epoch(train, progress, bar):
+                seen, judged = self._freeze(train, validation, frozen=epoch <= params.freeze)
+                for step, sums in self._train_epoch(seen, progress, bar):
                     if step < count_steps(len(train), params.batch):
                         yield Progress(progress.history, step, sums)
                 train_loss, train_accuracy = (torch.tensor(sums) / len(train)).tolist()
@@ -128,7 +157,8 @@ class Trainer:
                     raise PipelineError(
                         f"the training loss is {train_loss} in epoch {epoch}; use a smaller train.lr than {params.lr:g}"
                     )
-                loss, accuracy = evaluate(self.model, validation, params.batch)
+                with self.fabric.autocast():
+                    loss, accuracy = evaluate(self.judged, judged, params.batch)
                 # Accuracy first, since that is what is promised; the loss decides between equals.
                 best = all(
                     (accuracy, -loss) > (one.validation_accuracy, -one.validation_loss) for one in progress.history
@@ -137,25 +167,76 @@ class Trainer:
                 progress = Progress((*progress.history, record))
                 yield progress
 
+    def step(
+        self, images: Tensor, targets: Tensor, rate: float, generator: Generator, weights: Tensor | None = None
+    ) -> Tensor:
+        """Take one step at a learning rate: the sum of the losses and the number of right answers, (2,)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        smoothing, clip = self.params.label_smoothing, self.params.clip
+        sums = train_step(
+            self.model,
+            self.optimizer,
+            self.fabric,
+            images,
+            targets,
+            generator,
+            smoothing=smoothing,
+            weights=weights,
+            clip=clip,
+        )
+        return torch.stack(sums)
+
+    def _freeze(self, train: Table, validation: Table, *, frozen: bool) -> tuple[Table, Table]:
+        """Freeze the backbone or not, and give the tables of an epoch: of the features of a frozen one, computed once.
+
+        Images that augmentation changes have to be seen anew in each epoch.
+        """
+        for parameter in self._thawed:
+            parameter.requires_grad_(not frozen)
+        if not frozen or not self._thawed:
+            self._embedded = []
+            return train, validation
+        if not self._embedded:
+            seen = train if augments(self.params.augment) else self._embed(train)
+            self._embedded = [seen, self._embed(validation)]
+        return self._embedded[0], self._embedded[1]
+
+    def _embed(self, table: Table) -> Table:
+        self.network.eval()
+        found = []
+        with (
+            torch.no_grad(),
+            self.fabric.autocast(),
+            tqdm(total=len(table), desc="embed", unit=" images", disable=None) as bar,
+        ):
+            for picks in torch.arange(len(table), device=table.rows.device).split(self.params.batch):
+                found.append(self.network.embed(table.take(picks)[0]).float())
+                bar.update(len(picks))
+        return Table(torch.cat(found), torch.arange(len(table), device=table.rows.device), table.labels, table.classes)
+
     def _train_epoch(
         self, table: Table, progress: Progress, bar: "tqdm[NoReturn]"
     ) -> Iterator[tuple[int, tuple[float, float]]]:
         """Train on to the end of an epoch; there, and whenever a checkpoint is due, yield the step and the sums."""
         params, epoch = self.params, len(progress.history) + 1
         steps = count_steps(len(table), params.batch)
+        weights = class_weights(table) if params.class_weights else None
         self.model.train()
+        self.network.backbone.train(epoch > params.freeze)
         sums = torch.tensor(progress.sums, device=self.fabric.device)
         kept = time.monotonic()
-        for step, (images, labels) in enumerate(batches(table, params, epoch, progress.step), start=progress.step + 1):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(params, epoch=epoch, step=step, steps=steps)
+        for step, (images, targets) in enumerate(batches(table, params, epoch, progress.step), start=progress.step + 1):
+            rate = learning_rate(params, epoch=epoch, step=step, steps=steps)
             generator = step_generator("dropout", params.seed, epoch, step, self.fabric.device)
-            sums += torch.stack(train_step(self.model, self.optimizer, self.fabric, images, labels, generator))
-            bar.update(len(labels))
+            sums += self.step(images, targets, rate, generator, weights)
+            if params.ema:
+                average(self.judged, self.network, keep=params.ema, step=(epoch - 1) * steps + step)
+            bar.update(len(targets))
             due = 0 < params.checkpoint_minutes * 60 <= time.monotonic() - kept
             if due or step == steps:
-                loss, right = sums.tolist()  # the one reading from the device, which waits for it
-                yield step, (loss, right)
+                loss, correct = sums.tolist()  # the one reading from the device, which waits for it
+                yield step, (loss, correct)
                 kept = time.monotonic()
 
 
@@ -177,7 +258,7 @@ def fit_from(store: Store, trainer: Trainer, train: Table, validation: Table, ca
             outputs.append("model")
         if record and params.snapshot_every and record.epoch % params.snapshot_every == 0:
             outputs.append(f"epoch-{record.epoch:04}.safetensors")
-        weights, rest = pack(trainer.network.state_dict(), card), pack(trainer.state())
+        weights, rest = pack(trainer.judged.state_dict(), card), pack(trainer.state())
         store.save(len(progress.history), progress.step, asdict(progress), weights=weights, rest=rest, outputs=outputs)
         if record:
             tqdm.write(str(record))
@@ -186,18 +267,73 @@ def fit_from(store: Store, trainer: Trainer, train: Table, validation: Table, ca
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizer, fabric: Fabric, images: Tensor, labels: Tensor, generator: Generator
+    model: nn.Module,
+    optimizer: Optimizer,
+    fabric: Fabric,
+    images: Tensor,
+    targets: Tensor,
+    generator: Generator,
+    *,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    clip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Take one step on one batch and give the sum of its losses and the number of right answers, on the device.
 
-    images: (B, S, S, C) uint8; labels: (B,) int64.
+    images: (B, S, S, C) uint8; targets: (B, classes), which sum to 1; smoothing: the share of each target that is
+    spread over all classes (Szegedy et al. 2016); weights: of the classes, (classes,); clip: the largest norm of the
+    gradient, or 0. Where an image is mixed with another one, the right answer is the class of the larger share.
     """
     logits = model(images, generator)
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing)
     optimizer.zero_grad()
     fabric.backward(loss)
+    if clip:
+        # A norm that is no number shows in the loss, which `fit` looks at; float16 meets some, and skips their step.
+        fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
     optimizer.step()
-    return loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()
+    return loss.detach() * len(targets), (logits.detach().argmax(1) == targets.argmax(1)).sum()
+
+
+def make_optimizer(network: Network, params: Train, *, fused: bool) -> Optimizer:
+    """Make the optimizer, with groups of weights; norms and biases have no weight decay (He et al. 2019).
+
+    `lr_scale` of a group is its share of the learning rate. Fused steps give the same bits on every CPU.
+    """
+    backbone = list(network.backbone.children())[-1:]
+    groups = [
+        group
+        for module in backbone
+        for group in layer_groups(module, weight_decay=params.weight_decay, layer_decay=params.layer_decay)
+    ]
+    own = list(network.layers.parameters())
+    groups += [
+        {"params": [one for one in own if one.ndim > 1], "weight_decay": params.weight_decay, "lr_scale": 1.0},
+        {"params": [one for one in own if one.ndim <= 1], "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    if params.optimizer == "sgd":
+        return SGD(groups, lr=params.lr, momentum=0.9, nesterov=True, fused=fused)
+    kind = AdamW if params.optimizer == "adamw" else Adam
+    return kind(groups, lr=params.lr, fused=fused)
+
+
+def average(averaged: nn.Module, current: nn.Module, *, keep: float, step: int) -> None:
+    """Move averaged weights towards the current ones after step `step` (from 1), keeping a share `keep` of themselves.
+
+    At first they keep less, (1 + step) / (10 + step), so that the initial weights are soon forgotten, as in TensorFlow.
+    """
+    pairs = list(zip(averaged.state_dict().values(), current.state_dict().values(), strict=True))
+    mine, theirs = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(mine, theirs, 1 - min(keep, (1 + step) / (10 + step)))
+
+
+def class_weights(table: Table) -> Tensor:
+    """Weigh classes so that all count the same: (classes,), N / (classes * images of the class).
+
+    A class without an image, which an official split may have, weighs as if it had one.
+    """
+    counts = torch.bincount(table.labels.cpu(), minlength=table.classes).clamp(min=1).to(table.labels.device)
+    return len(table) / (table.classes * counts.float())
 
 
 def evaluate(model: nn.Module, table: Table, batch: int) -> tuple[float, float]:
@@ -214,13 +350,27 @@ def evaluate(model: nn.Module, table: Table, batch: int) -> tuple[float, float]:
     return loss, accuracy
 
 
+def _check_size(network: Network, size: int) -> None:
+    try:
+        with torch.inference_mode():
+            if size:
+                network.eval()(torch.zeros(1, size, size, network.mean.numel(), dtype=torch.uint8))
+    except RuntimeError:
+        raise PipelineError(
+            f"train.augment.size is {size}, but this network takes no images of other sides than prepare.size; set 0"
+        ) from None
+
+
 def _has_ended(history: Sequence[Record], params: Train) -> bool:
     waited = next((waited for waited, record in enumerate(reversed(history)) if record.best), 0)
     return len(history) >= params.epochs or 0 < params.patience <= waited
 
 
-def _best_precision(device: torch.device) -> str:
+def _best_precision(device: torch.device, *, portable: bool) -> str:
     """Mixed precision where the device computes it natively; on CPUs without bf16 units it is slower (measured)."""
+    if device.type == "cpu" and not portable:
+        found = torch.cpu.get_capabilities()
+        return "bf16-mixed" if found.get("avx512_bf16") or found.get("amx_bf16") else "32-true"
     if device.type != "cuda":
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

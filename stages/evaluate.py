@@ -24,7 +24,7 @@ def main() -> None:
         )
 
     table = data.table("test", choose_device(params.device))
-    probabilities = predict(network, table, batch=params.batch)
+    probabilities = predict(network, table, batch=params.batch, flip=params.flip)
     predictions = tabulate(data.places.iloc[data.rows("test")], probabilities, data.classes)
     overall, classes = score(predictions, data.classes)
 

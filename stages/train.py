@@ -10,7 +10,7 @@ from src import paths
 from src.batches import batches, channel_statistics, count_steps, read_dataset, step_generator
 from src.checkpoints import open_store
 from src.environment import bits, describe, settle
-from src.networks import count_parameters, make_card, start
+from src.networks import count_parameters, start
 from src.params import load_params
 from src.provenance import inputs_of
 from src.runtime import in_sight, run, whole
@@ -25,8 +25,8 @@ def main() -> None:
     data = read_dataset()
     fabric = make_fabric(params)
     train, validation = (data.table(split, fabric.device) for split in ("train", "validation"))
-    card = make_card(load_params().model, size=data.size, channels=data.channels, classes=data.classes)
-    network = start(card, *channel_statistics(train), step_generator("weights", params.seed))
+    model, drawn = load_params().model, step_generator("weights", params.seed)
+    network, card = start(model, data.size, data.channels, data.classes, channel_statistics(train), drawn)
     print(f"{card.network}, {count_parameters(network):,} parameters, on {len(train):,} images, {fabric.device}")
     machine, steps = describe(fabric.device), count_steps(len(train), params.batch)
     made_of = {"model": asdict(card), "inputs": inputs_of("train"), "machine": bits(machine, params)}
@@ -36,7 +36,7 @@ def main() -> None:
         whole(paths.MODEL, paths.SNAPSHOTS, paths.AUGMENTED, paths.ENVIRONMENT) as outs,
         Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live,
     ):
-        model, snapshots, augmented, record = outs
+        best, snapshots, augmented, record = outs
         np.save(augmented.open("wb"), next(batches(train, params, 1))[0][:SEEN].cpu().numpy())
         record.write_text(json.dumps([machine], indent=2) + "\n", encoding="utf-8")
         live.summary |= {"parameters": count_parameters(network), "train_images": len(train)}
@@ -44,7 +44,7 @@ def main() -> None:
             log(live, ended)
         snapshots.mkdir()
         for name, tensors in store.outputs.items():
-            (model if name == "model" else snapshots / name).write_bytes(store.read(tensors))
+            (best if name == "model" else snapshots / name).write_bytes(store.read(tensors))
 
 
 def log(live: Live, record: Record) -> None:

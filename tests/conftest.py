@@ -53,7 +53,7 @@ def finished(sample: Project, tmp_path_factory: pytest.TempPathFactory) -> Proje
     images, split = home.folder / paths.IMAGES, home.folder / paths.SPLIT
     np.save(images, np.load(images)[::8])
     pd.read_csv(split, dtype=str)[::8].to_csv(split, index=False, lineterminator="\n")
-    train = {"epochs": 2, "snapshot_every": 1, "flip": True}
+    train = {"epochs": 2, "snapshot_every": 1, "augment": {"flip": True}}
     done = run_stage(home.folder, "train", train=train, model={"dropout": 0.25})
     assert done.returncode == 0, done.stderr
     for name in ("stdout", "stderr"):

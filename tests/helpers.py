@@ -17,11 +17,47 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from src import archive
+from src.params import Augment
 
 ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = {"size": 32, "channels": 3}
 """A `prepare` section for photographs that keeps a test fast."""
+
+
+EVERYTHING: dict[str, Any] = {
+    "optimizer": "adamw",
+    "weight_decay": 0.05,
+    "clip": 1.0,
+    "ema": 0.9,
+    "label_smoothing": 0.1,
+    "class_weights": True,
+    "augment": {
+        "size": 24,
+        "flip": True,
+        "shift": 2,
+        "rotate": 15.0,
+        "crop": 0.5,
+        "stretch": 1.3,
+        "jitter": 0.3,
+        "erase": 0.25,
+        "mixup": 0.4,
+        "cutmix": 0.4,
+    },
+}
+"""Changes of a `train` section that turn all on that draws a number or changes one."""
+
+
+OFF: dict[str, Any] = {
+    **{"size": 0, "flip": False, "shift": 0, "rotate": 0.0, "crop": 1.0, "stretch": 1.0},
+    **{"jitter": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0},
+}
+"""A `train.augment` section that changes nothing."""
+
+
+def augmented_by(**changes: object) -> Augment:
+    """Params with which nothing is changed but what is named."""
+    return Augment(**{**OFF, **changes})
 
 
 def shared(name: str) -> Path:
@@ -84,12 +120,18 @@ def stage_command(folder: Path, stage: str, before: str = "", **sections: dict[s
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["train"]["threads"] = 1  # the tests run side by side
     for name, values in sections.items():
-        params[name] |= values
+        params[name] = merged(params[name], values)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, allow_unicode=True), encoding="utf-8")
     if not before:
         return [sys.executable, "-m", f"stages.{stage}"]
     run = f"import runpy\n{before}\nrunpy.run_module('stages.{stage}', run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", run]
+
+
+def merged(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A section with changes, also of those below it."""
+    below = [name for name in changes if isinstance(section.get(name), dict) and isinstance(changes[name], dict)]
+    return section | changes | {name: merged(section[name], changes[name]) for name in below}
 
 
 def environment() -> dict[str, str]:

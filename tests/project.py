@@ -45,12 +45,15 @@ class Project:
         self.git("commit", "--quiet", "--message", "state")
 
     def set(self, **values: object) -> None:
-        """Set params, written as section__key=value."""
+        """Set params, written as section__key=value or section__section__key=value."""
         file = self.folder / "params.yaml"
         params = yaml.safe_load(file.read_text(encoding="utf-8"))
         for name, value in values.items():
-            section, key = name.split("__")
-            params[section][key] = value
+            *sections, key = name.split("__")
+            section = params
+            for inner in sections:
+                section = section[inner]
+            section[key] = value
         file.write_text(yaml.safe_dump(params, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def json(self, name: str) -> dict[str, object]:

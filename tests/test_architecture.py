@@ -11,8 +11,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 ORDER = (
-    "paths provenance runtime params archive sources images split batches networks schedules environment checkpoints "
-    "training evaluation figures"
+    "paths provenance runtime params archive sources images split batches backbones networks schedules environment "
+    "checkpoints training evaluation figures"
 ).split()
 WITHOUT_TORCH = {
     *("paths", "provenance", "runtime", "params", "archive", "sources", "images", "split"),
@@ -20,6 +20,7 @@ WITHOUT_TORCH = {
 }
 # Beyond the order: an evaluation that could train, or a decoder that needed a network, would be tangled, not wrong.
 NEVER = {
+    "backbones": {"archive", "sources", "images", "split", "batches"},
     "networks": {"batches"},
     "checkpoints": {"batches", "networks"},
     "evaluation": {"schedules", "checkpoints", "training", "figures"},
@@ -51,8 +52,9 @@ def _import_problems(root: Path) -> Iterator[str]:
             if {"torch", "torchvision", "lightning_fabric"} & _imports(root / code):
                 yield f"src/{module}.py reaches torch through {code}"
     for file in sorted([*(root / "src").glob("*.py"), *(root / "stages").glob("*.py")]):
-        if "kaggle" in _imports_at_top(file):
-            yield f"{file.name} imports kaggle when it is imported, which authenticates"
+        for name, why in (("kaggle", "authenticates"), ("timm", "takes seconds")):
+            if name in _imports_at_top(file):
+                yield f"{file.name} imports {name} when it is imported, which {why}"
 
 
 def _stage_problems(root: Path) -> Iterator[str]:
@@ -224,6 +226,12 @@ def test_an_import_of_training_in_evaluation_is_found(copy: Path) -> None:
 def test_torch_in_a_stage_that_needs_none_is_found(copy: Path) -> None:
     _prepend(copy / "src/runtime.py", "import torch")
     assert "src/split.py reaches torch through src/runtime.py" in problems(copy)
+
+
+@pytest.mark.parametrize(("name", "why"), [("kaggle", "authenticates"), ("timm", "takes seconds")])
+def test_a_library_that_is_to_be_imported_late_but_is_not_is_found(copy: Path, name: str, why: str) -> None:
+    _prepend(copy / "src/backbones.py", f"import {name}")
+    assert f"backbones.py imports {name} when it is imported, which {why}" in problems(copy)
 
 
 def test_a_stage_that_imports_a_stage_is_found(copy: Path) -> None:

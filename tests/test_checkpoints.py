@@ -72,7 +72,9 @@ def test_the_newest_state_is_found_with_its_tensors_and_outputs() -> None:
     [
         {"batch": 7},
         {"seed": 1},
-        {"flip": True},
+        {"augment": PARAMS.augment.model_copy(update={"mixup": 0.1})},
+        {"ema": 0.5},
+        {"weight_decay": 0.1},
         {"snapshot_every": 3},
         {"patience": 2},
         {"precision": "bf16"},

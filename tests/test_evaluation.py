@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,33 @@ def test_probabilities_are_the_softmax_of_the_logits_and_sum_to_one() -> None:
         logits = network(table.take(torch.arange(len(table)))[0]).double().numpy()
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert np.allclose(found, shares, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.usefixtures("home")
+def test_with_flip_the_probabilities_are_the_mean_of_the_image_and_its_mirror_image() -> None:
+    network, _ = load(paths.MODEL)
+    table = read_dataset().table("test", torch.device("cpu"))
+    mirrored = replace(table, images=torch.from_numpy(table.images.numpy()[:, :, ::-1].copy()))
+    plain, other = (predict(network, seen, batch=50) for seen in (table, mirrored))
+    both = predict(network, table, batch=50, flip=True)
+    assert np.abs(plain - other).max() > 0.1, "the test needs images that are not taken for the same in a mirror"
+    assert np.allclose(both, (plain + other) / 2, rtol=0, atol=1e-6)
+    assert np.abs(both.sum(1) - 1).max() < 1e-12
+    assert np.allclose(predict(network, mirrored, batch=50, flip=True), both, rtol=0, atol=1e-6)
+
+
+def test_the_stage_flips_where_the_params_ask_for_it(home: Project) -> None:
+    chances = [f"p_{digit}" for digit in range(10)]
+    found = []
+    for flip in (False, True):
+        home.set(evaluate__flip=flip)
+        evaluate_stage.main()
+        found.append(pd.read_csv(paths.PREDICTIONS)[chances].to_numpy())
+    network, _ = load(paths.MODEL)
+    table = read_dataset().table("test", torch.device("cpu"))
+    for flip, written in zip((False, True), found, strict=True):
+        assert np.allclose(written, predict(network, table, batch=512, flip=flip), rtol=1e-4, atol=1e-6)
+    assert np.abs(found[0] - found[1]).max() > 0.1
 
 
 @pytest.mark.usefixtures("home")

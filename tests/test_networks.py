@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,36 @@ import torch
 from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
-from src.networks import Card, Dropout, Network, build, count_parameters, initialize, load, make_card, pack
+from src.networks import (
+    Card,
+    Dropout,
+    Network,
+    Residual,
+    build,
+    count_parameters,
+    initialize,
+    load,
+    make_card,
+    pack,
+    start,
+)
 from src.params import load_params
 from src.runtime import PipelineError
 from tests.helpers import ROOT
 
-ARTICLE = Card(network="article", dropout=0.0, size=128, channels=3, classes=list("abcdefghij"))
-MNIST = Card(network="keras_mnist", dropout=0.0, size=28, channels=1, classes=list("0123456789"))
+ARTICLE = Card(
+    network="article",
+    widths=[8, 16, 32],
+    depth=1,
+    dropout=0.0,
+    head=[],
+    input_size=0,
+    size=128,
+    channels=3,
+    classes=list("abcdefghij"),
+)
+MNIST = replace(ARTICLE, network="keras_mnist", size=28, channels=1, classes=list("0123456789"))
+RESIDUAL = replace(ARTICLE, network="residual", size=32)
 SMALL = replace(ARTICLE, size=32, classes=["été", "Größe", '象, "big"\n'])
 
 
@@ -113,28 +137,131 @@ def test_prepared_pixels_arrive_as_channels_last_without_being_laid_out_anew() -
         (replace(ARTICLE, network="resnet"), "model.name is 'resnet', expected one of article, keras_mnist"),
         (replace(ARTICLE, size=31), "prepare.size is 31, but article expects at least 32"),
         (replace(MNIST, size=9), "prepare.size is 9, but keras_mnist expects at least 10"),
+        (replace(RESIDUAL, size=15), "prepare.size is 15, but residual expects at least 16"),
     ],
-    ids=["unknown", "article", "keras_mnist"],
+    ids=["unknown", "article", "keras_mnist", "residual"],
 )
 def test_a_network_that_cannot_be_built_is_one_sentence(card: Card, words: str) -> None:
     with pytest.raises(PipelineError, match=words):
         make(card)
 
 
-@pytest.mark.parametrize("card", [replace(ARTICLE, size=32), replace(MNIST, size=10)], ids=["article", "keras_mnist"])
+@pytest.mark.parametrize(
+    "card",
+    [replace(ARTICLE, size=32), replace(MNIST, size=10), replace(RESIDUAL, size=16)],
+    ids=["article", "keras_mnist", "residual"],
+)
 def test_the_smallest_images_and_two_classes_are_enough(card: Card) -> None:
     assert make(replace(card, classes=["a", "b"]))(pixels(card)).shape == (4, 2)
 
 
 def test_a_card_says_what_the_params_ask_for() -> None:
-    params = load_params().model.model_copy(update={"name": "article", "dropout": 0.3})
+    asked = {"name": "article", "widths": [12], "depth": 3, "dropout": 0.3, "head": [7], "input_size": 96}
+    params = load_params().model.model_copy(update=asked)
     card = make_card(params, size=64, channels=3, classes=["b", "a"])
-    assert card == Card(network="article", dropout=0.3, size=64, channels=3, classes=["b", "a"])
+    shape = {"size": 64, "channels": 3, "classes": ["b", "a"]}
+    assert card == Card(
+        network="article", widths=[12], depth=3, dropout=0.3, head=[7], input_size=96, **shape, weights=""
+    )
     (dropout,) = (layer for layer in make(card).layers if isinstance(layer, Dropout))
     assert dropout.share == 0.3
 
 
+# --- the residual network
+
+
+def test_the_residual_network_halves_the_image_in_each_stage() -> None:
+    card = replace(RESIDUAL, size=32, widths=[16, 32, 64], depth=2)
+    stages = [("Residual", (width, side, side)) for width, side in ((16, 16), (32, 8), (64, 4)) for _ in range(2)]
+    stem = [(kind, (8, 32, 32)) for kind in ("Conv2d", "BatchNorm2d", "ReLU")]
+    assert shapes(make(card), card) == [*stem, *stages, ("Mean", (64,)), ("Dropout", (64,)), ("Linear", (10,))]
+
+
+@pytest.mark.parametrize(
+    ("widths", "depth", "channels"),
+    [([8, 16, 32], 1, 3), ([64, 128, 192, 256], 1, 3), ([16, 24], 3, 1), ([10, 10], 2, 3)],
+)
+def test_widths_and_depth_give_the_number_of_its_parameters(widths: list[int], depth: int, channels: int) -> None:
+    def block(narrow: int, wide: int) -> int:
+        shortcut = narrow * wide + 2 * wide
+        excitation = 2 * wide * -(-wide // 8) + wide + -(-wide // 8)
+        return 9 * narrow * wide + 9 * wide * wide + 4 * wide + excitation + shortcut
+
+    stem = widths[0] // 2
+    expected = 9 * channels * stem + 2 * stem + widths[-1] * 10 + 10
+    for narrow, wide in pairwise([stem, *widths]):
+        further = block(wide, wide) - wide * wide - 2 * wide  # its shortcut has no weights
+        expected += block(narrow, wide) + (depth - 1) * further
+    assert count_parameters(make(replace(RESIDUAL, widths=widths, depth=depth, channels=channels))) == expected
+
+
+@pytest.mark.parametrize("size", [16, 17, 28, 31, 64, 128, 256])
+def test_the_residual_network_takes_images_of_any_size(size: int) -> None:
+    card = replace(RESIDUAL, size=size)
+    network = make(card).train()
+    logits = network(pixels(card))
+    assert logits.shape == (4, 10)
+    logits.sum().backward()
+    assert torch.isfinite(network.eval()(pixels(card))).all()
+
+
+def multiplications(size: int) -> int:
+    card, found = replace(RESIDUAL, size=size), [0]
+    network = make(card).eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda conv, _, out: found.append(out.numel() * conv.weight[0].numel()))
+    network(pixels(card, 1))
+    return sum(found)
+
+
+def test_larger_images_cost_about_as_much_as_small_ones() -> None:
+    small = multiplications(64)
+    assert multiplications(128) < 1.01 * small
+    # Almost four times as many just before the stem takes a longer step, and more in the stem itself after that.
+    assert all(small * 0.99 < multiplications(size) < 5 * small for size in (100, 127, 191, 512))
+
+
+def test_a_block_begins_as_its_shortcut() -> None:
+    features = torch.rand(2, 6, 8, 8, generator=Generator().manual_seed(0))
+    keeps, halves = Residual(6, 6, stride=1), Residual(6, 12, stride=2).eval()
+    assert torch.equal(keeps(features), features)
+    assert torch.equal(halves(features), halves.shortcut(features).relu())
+    assert halves(features).shape == (2, 12, 4, 4)
+
+
+def test_a_gradient_reaches_each_parameter_once_a_block_is_more_than_its_shortcut() -> None:
+    card = replace(RESIDUAL, widths=[64, 128], depth=2)
+    network = make(card).train()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5, generator=Generator().manual_seed(0))
+    nn.functional.cross_entropy(network(pixels(card, 8)), torch.arange(8)).backward()
+    for name, weight in network.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.abs().max() > 0, name
+
+
 # --- chance
+
+
+def test_a_network_starts_alike_in_any_process_whatever_was_drawn_before() -> None:
+    params = load_params().model.model_copy(update={"name": "residual", "widths": [8, 16], "depth": 2, "dropout": 0.1})
+    started = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        drawn = Generator().manual_seed(7)
+        network, card = start(params, 28, 1, ["a", "b"], ([33.0], [78.0]), drawn)
+        started.append(pack(network.state_dict(), card))
+        assert card == make_card(params, size=28, channels=1, classes=["a", "b"])
+    assert started[0] == started[1]
+    assert (network.mean.flatten().tolist(), network.deviation.flatten().tolist()) == ([33.0], [78.0])
+    other, _ = start(params, 28, 1, ["a", "b"], ([33.0], [78.0]), Generator().manual_seed(8))
+    convolutions = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    others = [layer.weight for layer in other.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert len(convolutions) == 1 + 2 * (3 + 2 + 2 + 2) + 1
+    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(convolutions, others, strict=True))
+    assert all(weight.abs().max() <= 1 / math.sqrt(weight[0].numel()) for weight in convolutions)
 
 
 def test_the_initial_weights_are_a_pure_function_of_the_generator() -> None:
@@ -177,10 +304,11 @@ def test_dropout_is_off_in_evaluation_and_at_share_zero() -> None:
     assert torch.equal(Dropout(0.0).train()(ones, None), ones)
 
 
-def test_dropout_is_a_function_of_its_generator() -> None:
-    network = make(replace(MNIST, dropout=0.5)).train()
+@pytest.mark.parametrize("card", [MNIST, RESIDUAL], ids=["keras_mnist", "residual"])
+def test_dropout_is_a_function_of_its_generator(card: Card) -> None:
+    network = make(replace(card, dropout=0.5)).train()
     state = torch.get_rng_state()
-    first, again, other = (network(pixels(MNIST), Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (network(pixels(card), Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -189,14 +317,16 @@ def test_dropout_is_a_function_of_its_generator() -> None:
 # --- the model file
 
 
-def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
-    network = make(SMALL).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    (tmp_path / "model").write_bytes(pack(network.state_dict(), SMALL))
+@pytest.mark.parametrize("kept", [SMALL, replace(RESIDUAL, depth=2, dropout=0.5)], ids=["article", "residual"])
+def test_a_model_comes_back_as_it_was(tmp_path: Path, kept: Card) -> None:
+    network = make(kept).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.train()(pixels(kept), Generator())  # which moves the statistics of normalisation
+    (tmp_path / "model").write_bytes(pack(network.state_dict(), kept))
     loaded, card = load(tmp_path / "model")
-    assert card == SMALL
+    assert card == kept
     assert not loaded.training
     assert pack(loaded.state_dict(), card) == (tmp_path / "model").read_bytes()
-    assert torch.allclose(loaded(pixels(SMALL)), network.eval()(pixels(SMALL)), atol=1e-6)
+    assert torch.allclose(loaded(pixels(kept)), network.eval()(pixels(kept)), atol=1e-6)
 
 
 def test_a_model_packs_to_the_same_bytes_in_every_process() -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from src.params import Params, load_params
 from src.runtime import PipelineError
-from tests.helpers import ROOT, assert_fails, run_stage
+from tests.helpers import ROOT, assert_fails, merged, run_stage
 
 KAGGLE = {"source": "kaggle", "dataset": "someone/digits", "version": 1}
 
@@ -17,11 +17,14 @@ KAGGLE = {"source": "kaggle", "dataset": "someone/digits", "version": 1}
 def load(folder: Path, **sections: dict[str, Any]) -> Params:
     """The default parameters with changes, where ... removes a key."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for name, values in sections.items():
-        changed = params.setdefault(name, {}) | values
-        params[name] = {key: value for key, value in changed.items() if value is not ...}
+    params = without_dots(merged(params, sections))
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     return load_params(folder / "params.yaml")
+
+
+def without_dots(section: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in section.items() if value is not ...}
+    return {key: without_dots(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def complaint(folder: Path, **sections: dict[str, Any]) -> str:
@@ -59,6 +62,30 @@ def test_an_unknown_key_is_named_with_what_is_known(tmp_path: Path) -> None:
     assert "size" not in known
 
 
+def test_an_unknown_key_below_a_section_is_named_with_what_is_known_there(tmp_path: Path) -> None:
+    said = complaint(tmp_path, train={"augment": {"flipp": True}})
+    known = "crop, cutmix, erase, flip, jitter, mixup, rotate, shift, size, stretch"
+    assert said == f"train.augment.flipp is unknown; known in its place: {known}"
+    said = complaint(tmp_path, train={"augment": {"crop": ..., "cropp": 0.5}})
+    assert said.startswith("train.augment.cropp is unknown")
+
+
+def test_an_augmentation_outside_of_its_section_is_unknown(tmp_path: Path) -> None:
+    said = complaint(tmp_path, train={"flip": True})
+    assert said.startswith("train.flip is unknown; known in its place: augment, ")
+
+
+def test_a_missing_key_below_a_section_is_named(tmp_path: Path) -> None:
+    assert complaint(tmp_path, train={"augment": {"crop": ...}}).startswith("train.augment.crop is missing; add it")
+    assert complaint(tmp_path, train={"augment": ...}).startswith("train.augment is missing; add it")
+
+
+def test_mixup_and_cutmix_share_the_images_between_them(tmp_path: Path) -> None:
+    assert load(tmp_path, train={"augment": {"mixup": 0.7, "cutmix": 0.3}}).train.augment.cutmix == 0.3
+    said = complaint(tmp_path, train={"augment": {"mixup": 0.6, "cutmix": 0.5}})
+    assert said == "train.augment.mixup + cutmix is 1.1, expected at most 1"
+
+
 def test_an_unknown_section_is_named_with_the_sections(tmp_path: Path) -> None:
     assert complaint(tmp_path, training={}).endswith("download, evaluate, model, plot, prepare, split, train")
 
@@ -71,11 +98,17 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     assert complaint(tmp_path, prepare={"size": ...}).startswith("prepare.size is missing; add it")
 
 
-def test_a_rate_that_yaml_reads_as_text_is_explained(tmp_path: Path) -> None:
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    said = complaint_about(tmp_path, text.replace("lr: 1.0e-3", "lr: 1e-4"))
-    assert "train.lr is '1e-4' (str)" in said
-    assert said.endswith("YAML reads 1e-4 as text, write 1.0e-4")
+@pytest.mark.parametrize("text", ["1e-4", "1e-05", "1E-4", "+2e-4", "1.5e-4", "1.0e-4", "0.0001", "3.e-4"])
+def test_a_rate_is_a_number_however_it_is_written_as_it_is_to_dvc(tmp_path: Path, text: str) -> None:
+    default = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(default.replace("lr: 1.0e-3", f"lr: {text}"), encoding="utf-8")
+    assert load_params(tmp_path / "params.yaml").train.lr == float(text)
+
+
+def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    default = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    said = complaint_about(tmp_path, default.replace("lr: 1.0e-3", "lr: 1e-4x"))
+    assert "train.lr is '1e-4x' (str)" in said
 
 
 @pytest.mark.parametrize(
@@ -91,7 +124,33 @@ def test_a_rate_that_yaml_reads_as_text_is_explained(tmp_path: Path) -> None:
         ("train", "epochs", True, "train.epochs is True (bool): input should be a valid integer"),
         ("train", "epochs", 1.5, "train.epochs is 1.5 (float): input should be a valid integer"),
         ("train", "epochs", "20", "train.epochs is '20' (str): input should be a valid integer"),
-        ("train", "flip", 1, "train.flip is 1 (int): input should be a valid boolean"),
+        ("train", "augment", {"flip": 1}, "train.augment.flip is 1 (int): input should be a valid boolean"),
+        ("train", "augment", {"shift": -1}, "train.augment.shift is -1 (int): input should be greater than or"),
+        ("train", "augment", {"shift": 1.5}, "train.augment.shift is 1.5 (float): input should be a valid integer"),
+        ("train", "augment", {"rotate": 181}, "train.augment.rotate is 181 (int): input should be less than or"),
+        ("train", "augment", {"rotate": -1.0}, "train.augment.rotate is -1.0 (float): input should be greater than or"),
+        ("train", "augment", {"crop": 0}, "train.augment.crop is 0 (int): input should be greater than 0"),
+        ("train", "augment", {"crop": 1.1}, "train.augment.crop is 1.1 (float): input should be less than or"),
+        ("train", "augment", {"stretch": 0.5}, "train.augment.stretch is 0.5 (float): input should be greater than or"),
+        ("train", "augment", {"jitter": 1}, "train.augment.jitter is 1 (int): input should be less than 1"),
+        ("train", "augment", {"erase": "0.1"}, "train.augment.erase is '0.1' (str): input should be a valid number"),
+        ("train", "augment", {"mixup": float("nan")}, "train.augment.mixup is nan (float): input should be"),
+        ("train", "augment", {"cutmix": None}, "train.augment.cutmix is None (NoneType): input should be"),
+        ("train", "augment", 3, "train.augment is 3 (int): input should be a valid dictionary"),
+        ("train", "optimizer", "lamb", "train.optimizer is 'lamb' (str): input should be 'adam', 'adamw' or 'sgd'"),
+        ("train", "schedule", "step", "train.schedule is 'step' (str): input should be 'constant', 'wsd', 'cosine' or"),
+        ("train", "weight_decay", -0.1, "train.weight_decay is -0.1 (float): input should be greater than or"),
+        ("train", "clip", float("inf"), "train.clip is inf (float): input should be a finite number"),
+        ("train", "ema", 1, "train.ema is 1 (int): input should be less than 1"),
+        ("train", "label_smoothing", 1.0, "train.label_smoothing is 1.0 (float): input should be less than 1"),
+        ("train", "class_weights", 1, "train.class_weights is 1 (int): input should be a valid boolean"),
+        ("train", "freeze", -1, "train.freeze is -1 (int): input should be greater than or equal to 0"),
+        ("train", "layer_decay", 0, "train.layer_decay is 0 (int): input should be greater than 0"),
+        ("model", "widths", [], "model.widths is [] (list): list should have at least 1 item after validation, not 0"),
+        ("model", "depth", 0, "model.depth is 0 (int): input should be greater than or equal to 1"),
+        ("model", "head", [448, 0], "model.head.1 is 0 (int): input should be greater than or equal to 1"),
+        ("model", "head", 448, "model.head is 448 (int): input should be a valid list"),
+        ("evaluate", "flip", "yes", "evaluate.flip is 'yes' (str): input should be a valid boolean"),
         ("train", "seed", 2**32, "train.seed is 4294967296 (int): input should be less than 4294967296"),
         ("train", "precision", 32, "train.precision is 32 (int): input should be 'auto', '32', 'bf16' or '16'"),
         ("train", "device", "gpu", "train.device is 'gpu' (str): input should be 'auto', 'cuda', 'mps' or 'cpu'"),

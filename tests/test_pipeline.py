@@ -210,14 +210,9 @@ def test_queued_experiments_run_side_by_side(project: Project) -> None:
 
 def test_a_typo_in_params_is_one_sentence_and_loses_nothing(project: Project) -> None:
     model = project.bytes("models/model.safetensors")
-    file = project.folder / "params.yaml"
-    file.write_text(file.read_text(encoding="utf-8").replace("lr: 0.001", "lr: 1e-3"), encoding="utf-8")
-    project.set(split__seed=1)
-    text = file.read_text(encoding="utf-8").replace("lr: '1e-3'", "lr: '1e-3'")
-    file.write_text(text, encoding="utf-8")
+    project.set(split__seed=1, train__lr="fast")
     output = project.dvc("repro", code=None)
-    assert "train.lr is '1e-3' (str)" in output
-    assert "write 1.0e-4" in output
+    assert "params.yaml: train.lr is 'fast' (str): input should be a valid number" in output
     assert "Traceback" not in output
     project.git("checkout", "--quiet", "params.yaml", "metrics", "plots")
     project.dvc("checkout")

@@ -2,11 +2,9 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from src.params import load_params
 from tests.helpers import ROOT
@@ -14,19 +12,11 @@ from tests.helpers import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_lines_for_animals10_fit_into_the_default_params(tmp_path: Path) -> None:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for name, section in yaml.safe_load(README.split("```yaml\n")[1].split("```")[0]).items():
-        params[name] |= section
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    assert load_params(tmp_path / "params.yaml").download.dataset == "alessiocorrado99/animals10"
-
-
 def test_the_call_that_recomputes_a_step_works_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {}
     exec(README.split("```python\n")[1].split("```")[0], names)
-    assert len(names["picks"]) == len(names["drawn"].flip) == load_params().train.batch
+    assert len(names["picks"]) == len(names["drawn"].shift) == load_params().train.batch
     assert 0 <= min(names["picks"]) < max(names["picks"]) < 3_472
 
 

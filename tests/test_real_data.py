@@ -39,7 +39,8 @@ pytestmark = pytest.mark.skipif(not DATA.exists(), reason="the shared data sets 
 def fresh(tmp_path: Path) -> Project:
     """A clone in which nothing has run."""
     project = clone(tmp_path / "fresh")
-    project.set(model__name="article", model__dropout=0.5, prepare__channels=3, train__flip=True, train__shift=4)
+    project.set(model__name="article", model__dropout=0.5, prepare__channels=3)
+    project.set(train__augment__flip=True, train__augment__shift=4)
     return project
 
 
@@ -96,7 +97,8 @@ def test_mnist_keeps_its_official_split(fresh: Project, tmp_path: Path, packed: 
         members = [(file.stem, gzip.decompress(file.read_bytes())) for file in files]
     archive.write(tmp_path / "mnist.zip", members)
     fresh.set(download__source="kaggle", download__dataset="someone/mnist", download__version=1, split__official=True)
-    fresh.set(model__name="keras_mnist", model__dropout=0.0, prepare__channels=1, train__flip=False, train__shift=0)
+    fresh.set(model__name="keras_mnist", model__dropout=0.0, prepare__channels=1)
+    fresh.set(train__augment__flip=False, train__augment__shift=0)
     settle(fresh, {"train__epochs": 10, "train__batch": 32}, {"train__epochs": 1, "train__batch": 256})
     with KaggleServer(dataset="someone/mnist", versions={1: tmp_path / "mnist.zip"}) as server:
         if packed:

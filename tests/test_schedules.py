@@ -26,11 +26,11 @@ def test_a_constant_rate_stays() -> None:
     assert rates(schedule("constant", epochs=3, lr=0.1)) == [0.1] * 3 * STEPS
 
 
-@pytest.mark.parametrize("name", ["constant", "wsd", "cosine"])
+@pytest.mark.parametrize("name", ["constant", "wsd", "cosine", "onecycle"])
 def test_a_warm_up_grows_step_by_step_to_the_full_rate(name: str) -> None:
     found = rates(schedule(name, warmup=2))
     assert found[:8] == [step / 8 for step in range(1, 9)]
-    assert found[8] == 1
+    assert found[8] == (1 if name != "onecycle" else pytest.approx(32 / 33))
 
 
 def test_wsd_falls_in_a_straight_line_over_its_last_epochs_alone() -> None:
@@ -44,9 +44,16 @@ def test_cosine_falls_as_half_a_cosine_from_the_full_rate_towards_zero() -> None
     assert found[4:] == pytest.approx([(1 + math.cos(math.pi * step / 16)) / 2 for step in range(16)])
 
 
+def test_onecycle_is_two_straight_lines_up_and_down_to_just_above_zero() -> None:
+    found = rates(schedule("onecycle", epochs=5, warmup=2, lr=0.5))
+    assert found[:8] == pytest.approx([0.5 * step / 8 for step in range(1, 9)])
+    assert found[8:] == pytest.approx([0.5 * left / 13 for left in range(12, 0, -1)])
+    assert rates(schedule("onecycle", epochs=2)) == pytest.approx([left / 9 for left in range(8, 0, -1)])
+
+
 schedules = st.builds(
     schedule,
-    st.sampled_from(["constant", "wsd", "cosine"]),
+    st.sampled_from(["constant", "wsd", "cosine", "onecycle"]),
     epochs=st.integers(4, 12),
     warmup=st.integers(0, 2),
     decay=st.integers(0, 2),
@@ -64,7 +71,14 @@ def test_fingerprints_agree_exactly_as_long_as_all_rates_do(one: Train, other: T
 
 @pytest.mark.parametrize(
     ("name", "warmup", "decay", "shared"),
-    [("constant", 0, 0, 10), ("wsd", 2, 3, 7), ("cosine", 0, 0, 0), ("cosine", 2, 0, 2)],
+    [
+        ("constant", 0, 0, 10),
+        ("wsd", 2, 3, 7),
+        ("cosine", 0, 0, 0),
+        ("cosine", 2, 0, 2),
+        ("onecycle", 0, 0, 0),
+        ("onecycle", 2, 0, 2),
+    ],
 )
 def test_a_longer_run_continues_where_its_rates_part(name: str, warmup: int, decay: int, shared: int) -> None:
     assert shared_epochs(schedule(name, warmup=warmup, decay=decay), steps=STEPS) == shared

@@ -1,6 +1,7 @@
 """Training repeats itself byte for byte, keeps its best epoch, and loses nothing when it fails or is stopped."""
 
 import copy
+import math
 import os
 import shutil
 import signal
@@ -8,47 +9,80 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam
 
 from src import paths, training
-from src.batches import Dataset, read_dataset, step_generator
+from src.batches import Dataset, Table, read_dataset, step_generator
 from src.checkpoints import Store
-from src.networks import Network, build, initialize, load, make_card
-from src.params import load_params
+from src.networks import Network, load, start
+from src.params import Train, load_params
 from src.runtime import PipelineError
 from src.schedules import learning_rate
-from src.training import Record, Trainer, evaluate, fit_from, make_fabric, train_step
+from src.training import (
+    Record,
+    Trainer,
+    class_weights,
+    evaluate,
+    fit_from,
+    make_fabric,
+    make_optimizer,
+    train_step,
+)
 from stages import evaluate as evaluate_stage
 from stages import train as train_stage
-from tests.helpers import ROOT, assert_fails, contents, environment, is_one_sentence, run_stage, succeed
+from tests.helpers import (
+    EVERYTHING,
+    ROOT,
+    assert_fails,
+    augmented_by,
+    contents,
+    environment,
+    is_one_sentence,
+    run_stage,
+    succeed,
+)
 from tests.project import Project
 
 CPU = torch.device("cpu")
 
 
-def a_network(data: Dataset, dropout: float = 0.0) -> Network:
-    params = load_params().model.model_copy(update={"dropout": dropout})
-    size, channels = data.images.shape[2:]
-    card = make_card(params, size=size, channels=channels, classes=data.classes)
-    network = build(card, mean=[33.0], deviation=[78.0])
-    initialize(network, step_generator("weights", 0))
+RESIDUAL = {"name": "residual", "widths": [8, 16]}
+PLAIN = {"augment": augmented_by(), "checkpoint_minutes": 0.0}
+
+
+def a_network(data: Dataset, **changes: object) -> Network:
+    params = load_params().model.model_copy(update={"dropout": 0.0, **changes})
+    drawn = step_generator("weights", 0)
+    network, _ = start(params, data.size, data.channels, data.classes, ([33.0], [78.0]), drawn)
     return network.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
+
+
+def train_params(**changes: object) -> Train:
+    return load_params().train.model_copy(update={**PLAIN, **changes})
+
+
+def a_trainer(network: Network, **changes: object) -> Trainer:
+    params = train_params(**changes)
+    return Trainer(network, params, make_fabric(params))
+
+
+def fit(data: Dataset, trainer: Trainer) -> list[Record]:
+    train, validation = data.table("train", CPU), data.table("validation", CPU)
+    return [progress.record for progress in trainer.fit(train, validation) if progress.record]
 
 
 def fitted(data: Dataset, network: Network | None = None, **changes: object) -> list[Record]:
     """Train on the CPU with changed params, and give the records."""
-    params = load_params().train.model_copy(update={"flip": False, "shift": 0, "checkpoint_minutes": 0.0, **changes})
-    train, validation = data.table("train", CPU), data.table("validation", CPU)
-    trainer = Trainer(network or a_network(data), params, make_fabric(params))
-    return [progress.record for progress in trainer.fit(train, validation) if progress.record]
+    return fit(data, a_trainer(network or a_network(data), **changes))
 
 
 @pytest.fixture
@@ -60,6 +94,11 @@ def trained_outputs(home: Project) -> dict[str, bytes]:
     """All that the train stage writes, and what it might forget to tidy up."""
     mine = ("models/", "metrics/train/", "data/augmented.npy")
     return {name: data for name, data in contents(home.folder).items() if name.startswith(mine) or ".part" in name}
+
+
+def everything() -> dict[str, object]:
+    """All that draws a number or changes one, as fields of Train."""
+    return {**EVERYTHING, "augment": augmented_by(**EVERYTHING["augment"])}
 
 
 # --- the same bytes
@@ -107,9 +146,9 @@ def test_training_never_sees_a_test_image_nor_any_global_seed(finished: Project,
 
 
 def test_training_moves_no_global_chance(data: Dataset) -> None:
-    network = a_network(data, dropout=0.5)
+    network = a_network(data, dropout=0.5, **RESIDUAL)
     state = torch.get_rng_state()
-    fitted(data, network, epochs=1, flip=True, shift=2)
+    fitted(data, network, epochs=1, **everything())
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -152,11 +191,11 @@ def run_until(step: int, patch: pytest.MonkeyPatch) -> None:
 def stop_at_step(patch: pytest.MonkeyPatch, count: int) -> None:
     left = [count]
 
-    def stops(*parts: object) -> tuple[Tensor, Tensor]:
+    def stops(*parts: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        return train_step(*parts)  # type: ignore[arg-type]
+        return train_step(*parts, **options)
 
     patch.setattr(training, "train_step", stops)
 
@@ -182,6 +221,39 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bytes(
     line = f"going on after epoch {done // steps} of 2{further}, kept in .resume" if done else ""
     assert line in capsys.readouterr().err
     assert bool(line) == bool(done)
+
+
+WITH_EVERYTHING: dict[str, object] = {
+    **{f"train__{name}": value for name, value in EVERYTHING.items()},
+    **{f"model__{name}": value for name, value in RESIDUAL.items()},
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("minutes", [0.0, 1e-9], ids=["each epoch kept", "each step kept"])
+def test_with_everything_on_it_goes_on_to_the_same_bytes(
+    home: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], minutes: float, optimizer: str
+) -> None:
+    straight = train_on(home, **{**WITH_EVERYTHING, "train__optimizer": optimizer})
+    shutil.rmtree(home.folder / ".resume")
+    home.set(train__checkpoint_minutes=minutes)
+    run_until(11, monkeypatch)
+    run_until(2, monkeypatch)
+    capsys.readouterr()
+    assert train_on(home) == straight
+    further = " and 5 steps of the next" if minutes else ""
+    assert f"going on after epoch 1 of 2{further}, kept in" in capsys.readouterr().err
+
+
+def test_a_longer_training_with_everything_on_ends_as_if_it_had_run_straight_through(
+    home: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = train_on(home, **WITH_EVERYTHING)
+    long = train_on(home, train__epochs=4)
+    assert "going on after epoch 2 of 4" in capsys.readouterr().err
+    shutil.rmtree(home.folder / ".resume")
+    assert train_on(home) == long
+    assert {long[name] == short[name] for name in short if "epoch-0002" in name} == {True}
 
 
 def test_a_damaged_state_costs_its_epoch_and_no_byte(
@@ -298,7 +370,8 @@ def test_checkpoints_cost_at_most_two_percent_of_the_training(
 
 
 def test_patience_that_ended_a_training_ends_it_again(home: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = train_on(home, train__epochs=9, train__patience=1, train__lr=2e-2, train__shift=0, train__flip=False)
+    home.set(train__augment=augmented_by().model_dump())
+    ended = train_on(home, train__epochs=9, train__patience=1, train__lr=2e-2)
     assert home.json("metrics/train/metrics.json")["step"] != 9, "the test needs a training that patience ends"
     stop_at_step(monkeypatch, 0)
     assert train_on(home, train__epochs=12) == ended
@@ -321,7 +394,7 @@ def test_the_scale_of_half_precision_is_kept_and_taken_up_again(data: Dataset) -
 
 
 def test_the_model_is_the_best_epoch_by_validation_not_the_last(home: Project) -> None:
-    home.set(train__epochs=8, train__lr=1.0e-2, train__shift=0, train__flip=False)
+    home.set(train__epochs=8, train__lr=1.0e-2, train__augment=augmented_by().model_dump())
     train_stage.main()
     accuracy = pd.read_csv("metrics/train/plots/metrics/validation/accuracy.tsv", sep="\t")["accuracy"]
     summary = home.json("metrics/train/metrics.json")
@@ -370,35 +443,254 @@ def test_snapshots_are_kept_as_often_as_asked(home: Project, every: int, kept: l
 # --- the arithmetic
 
 
-def reference_steps(network: Network, steps: list[tuple[Tensor, Tensor]], lr: float) -> list[Tensor]:
-    """Cross entropy and Adam (Kingma and Ba 2015) written out."""
+def one_hot(table: Table, picks: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels = table.take(picks)
+    return images, F.one_hot(labels, table.classes).float()
+
+
+def reference_steps(
+    network: Network, steps: list[tuple[Tensor, Tensor]], lr: float, optimizer: str, decay: float
+) -> list[Tensor]:
+    """Cross entropy, and Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) or Nesterov's, written out."""
     weights = list(network.parameters())
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
-    for count, (images, labels) in enumerate(steps, start=1):
-        log_shares = network(images).log_softmax(1)
-        loss = -log_shares[torch.arange(len(labels)), labels].mean()
-        for weight, m, v, slope in zip(weights, first, second, torch.autograd.grad(loss, weights), strict=True):
+    for count, (images, targets) in enumerate(steps, start=1):
+        loss = -(targets * network(images).log_softmax(1)).sum(1).mean()
+        for weight, m, v, gradient in zip(weights, first, second, torch.autograd.grad(loss, weights), strict=True):
+            own = decay if weight.ndim > 1 else 0.0
+            slope = gradient if optimizer == "adamw" else gradient + own * weight.data
+            if optimizer == "sgd":
+                m.mul_(0.9).add_(slope)
+                weight.data -= lr * (slope + 0.9 * m)
+                continue
             m.mul_(0.9).add_(0.1 * slope)
             v.mul_(0.999).add_(0.001 * slope**2)
-            step = lr * (m / (1 - 0.9**count)) / ((v / (1 - 0.999**count)).sqrt() + 1e-8)
-            weight.data -= step
+            if optimizer == "adamw":
+                weight.data *= 1 - lr * own
+            weight.data -= lr * (m / (1 - 0.9**count)) / ((v / (1 - 0.999**count)).sqrt() + 1e-8)
     return weights
 
 
-def test_three_steps_are_those_of_adam_on_the_cross_entropy(data: Dataset) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_three_steps_are_those_of_the_optimizer_on_the_cross_entropy(
+    data: Dataset, optimizer: str, decay: float
+) -> None:
     table, lr = data.table("train", CPU), 1e-3
-    steps = [table.take(torch.arange(start, start + 32)) for start in (0, 100, 200)]
+    steps = [one_hot(table, torch.arange(start, start + 32)) for start in (0, 100, 200)]
     network = a_network(data).train()
-    expected = reference_steps(copy.deepcopy(network), steps, lr)
-    fabric = make_fabric(load_params().train.model_copy(update={"device": "cpu"}))
-    model, optimizer = fabric.setup(network, Adam(network.parameters(), lr=lr, fused=True))
-    for images, labels in steps:
+    begun = [weight.detach().clone() for weight in network.parameters()]
+    unfused = copy.deepcopy(network)
+    expected = reference_steps(copy.deepcopy(network), steps, lr, optimizer, decay)
+    trainer = a_trainer(network, optimizer=optimizer, lr=lr, weight_decay=decay)
+    plain = make_optimizer(unfused, trainer.params, fused=False)
+    for images, targets in steps:
         logits = network(images)
-        loss, right = train_step(model, optimizer, fabric, images, labels, step_generator("dropout", 0, 1, 1))
-        assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-5)
-        assert right.item() == (logits.argmax(1) == labels).sum().item()
-    for mine, theirs in zip(network.parameters(), expected, strict=True):
-        assert torch.allclose(mine, theirs, rtol=0, atol=0.02 * lr)
+        drawn = step_generator("dropout", 0, 1, 1)
+        loss, right = train_step(trainer.model, trainer.optimizer, trainer.fabric, images, targets, drawn)
+        assert loss.item() == pytest.approx(F.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5)
+        assert right.item() == (logits.argmax(1) == targets.argmax(1)).sum().item()
+        plain.zero_grad()
+        F.cross_entropy(unfused(images), targets).backward()
+        plain.step()
+    near = (0.002 if optimizer == "sgd" else 0.02) * lr
+    rows = zip(network.parameters(), expected, unfused.parameters(), begun, strict=True)
+    for mine, theirs, torchs, former in rows:
+        assert (mine - former).abs().max() > 20 * near
+        assert torch.allclose(mine, theirs, rtol=0, atol=near)
+        assert torch.allclose(mine, torchs, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_without_a_gradient_weights_decay_and_norms_and_biases_stay(data: Dataset, optimizer: str, fused: bool) -> None:
+    network = a_network(data, **RESIDUAL)
+    for weight in network.parameters():
+        nn.init.uniform_(weight, 0.5, 1.0, generator=torch.Generator().manual_seed(0))
+        weight.grad = torch.zeros_like(weight)
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    lr, decay = 0.01, 0.2
+    make_optimizer(network, train_params(optimizer=optimizer, lr=lr, weight_decay=decay), fused=fused).step()
+    left = {
+        "adamw": lambda weight: weight * (1 - lr * decay),
+        "adam": lambda weight: weight - lr,  # whose first step is as long as the learning rate
+        "sgd": lambda weight: weight * (1 - 1.9 * lr * decay),
+    }[optimizer]
+    decayed = {name for name, weight in network.named_parameters() if not torch.equal(weight, before[name])}
+    kinds = (nn.Conv2d, nn.Linear)
+    layers = {name for name, layer in network.named_modules() if isinstance(layer, kinds)}
+    assert decayed == {f"{name}.weight" for name in layers}
+    assert len(before) > 2 * len(decayed)
+    for name, weight in network.named_parameters():
+        expected = left(before[name]) if name in decayed else before[name]
+        assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-7), name
+
+
+def a_step(
+    data: Dataset, network: Network, targets: Tensor | None = None, lr: float = 1e-9, **options: Any
+) -> tuple[Tensor, float, float]:
+    """Take a step on 32 images: the logits before it, the mean loss, and the share of right answers."""
+    images, given = one_hot(data.table("train", CPU), torch.arange(32))
+    trainer = a_trainer(network.train(), lr=lr, optimizer="sgd")
+    logits, drawn = network(images).detach(), step_generator("dropout", 0, 1, 1)
+    targets = given if targets is None else targets
+    loss, right = train_step(trainer.model, trainer.optimizer, trainer.fabric, images, targets, drawn, **options)
+    return logits, loss.item() / 32, right.item() / 32
+
+
+def mixed_targets() -> Tensor:
+    """Targets of images that are mixed by three to seven, and whole ones."""
+    first, second = (torch.arange(32) % 10, torch.arange(32) * 3 % 10)
+    share = torch.where(torch.arange(32) < 20, 0.3, 0.0)[:, None]
+    return torch.lerp(F.one_hot(first, 10).float(), F.one_hot(second, 10).float(), share)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_that_of_smoothed_and_weighted_labels(data: Dataset, smoothing: float, weighted: bool) -> None:
+    weights = torch.linspace(0.5, 3, 10) if weighted else None
+    targets = mixed_targets()
+    logits, loss, right = a_step(data, a_network(data), targets, smoothing=smoothing, weights=weights)
+    smoothed = (1 - smoothing) * targets + smoothing / 10
+    counted = smoothed * (1 if weights is None else weights)
+    assert loss == pytest.approx(-(counted * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5)
+    assert right == (logits.argmax(1) == torch.arange(32) % 10).float().mean().item()
+
+
+def test_class_weights_make_all_classes_count_the_same() -> None:
+    labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
+    table = Table(torch.zeros(100, 1, 1, 1, dtype=torch.uint8), torch.arange(100), labels, 3)
+    weights = class_weights(table)
+    assert weights.tolist() == pytest.approx([100 / (3 * 60), 100 / (3 * 30), 100 / (3 * 10)])
+    assert (weights[labels].sum(), weights[labels][:60].sum()) == (pytest.approx(100), pytest.approx(100 / 3))
+
+
+def test_class_weights_change_nothing_where_classes_are_balanced(data: Dataset) -> None:
+    labels = torch.arange(50) % 5
+    table = Table(torch.zeros(50, 1, 1, 1, dtype=torch.uint8), torch.arange(50), labels, 5)
+    assert class_weights(table).tolist() == [1.0] * 5
+    plain, weighted = a_network(data), a_network(data)
+    a_step(data, plain, lr=0.1)
+    a_step(data, weighted, lr=0.1, weights=torch.ones(10))
+    for mine, theirs in zip(weighted.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_class_without_a_training_image_has_a_finite_weight_and_loss(data: Dataset) -> None:
+    table = Table(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.arange(8), torch.arange(8) % 9, 10)
+    weights = class_weights(table)
+    assert torch.isfinite(weights).all()
+    assert torch.isfinite(torch.tensor(a_step(data, a_network(data), weights=weights)[1]))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_training_smooths_weighs_and_clips_as_the_params_say(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def spy(*_: object, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.append(options)
+        return torch.zeros(()), torch.zeros(())
+
+    monkeypatch.setattr(training, "train_step", spy)
+    fitted(data, epochs=1, class_weights=asked, label_smoothing=0.2 * asked, clip=3.0 * asked)
+    for options in seen:
+        assert (options["smoothing"], options["clip"]) == (0.2 * asked, 3.0 * asked)
+        if asked:
+            assert torch.equal(options["weights"], class_weights(data.table("train", CPU)))
+        else:
+            assert options["weights"] is None
+
+
+def norm(network: Network) -> float:
+    return math.sqrt(sum(float((weight.grad.double() ** 2).sum()) for weight in network.parameters()))  # type: ignore[union-attr]
+
+
+def test_clipping_shortens_a_long_gradient_keeps_its_direction_and_leaves_a_short_one(data: Dataset) -> None:
+    free, clipped, short = (a_network(data) for _ in range(3))
+    a_step(data, free)
+    long = norm(free)
+    a_step(data, clipped, clip=long / 4)
+    a_step(data, short, clip=long * 4)
+    assert norm(clipped) == pytest.approx(long / 4, rel=1e-4)
+    for one, other, third in zip(free.parameters(), clipped.parameters(), short.parameters(), strict=True):
+        assert torch.allclose(one.grad / 4, other.grad, rtol=1e-3, atol=1e-9)  # type: ignore[operator, arg-type]
+        assert torch.equal(one.grad, third.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("clip", "scaled", "fused"), [(0.0, True, True), (1.0, True, False), (1.0, False, True)])
+def test_a_step_is_fused_unless_the_scale_of_float16_has_to_come_off_before_it_is_clipped(
+    data: Dataset, clip: float, scaled: bool, fused: bool
+) -> None:
+    params = train_params(clip=clip)
+    fabric = make_fabric(params)
+    if scaled:  # as 16-mixed has it, which wants a CUDA device
+        fabric.strategy.precision.scaler = SimpleNamespace()  # type: ignore[attr-defined]
+    assert Trainer(a_network(data), params, fabric).optimizer.defaults["fused"] is fused
+
+
+# --- the average of the weights
+
+
+def test_the_average_is_that_of_the_formula_and_is_what_validation_judges(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = a_network(data, **RESIDUAL)
+    states = [copy.deepcopy(network.state_dict())]
+
+    def spy(*parts: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        done = train_step(*parts, **options)
+        states.append(copy.deepcopy(network.state_dict()))
+        return done
+
+    monkeypatch.setattr(training, "train_step", spy)
+    trainer = a_trainer(network, ema=0.6, epochs=2, lr=1e-2)
+    records = fit(data, trainer)
+    assert len(states) == 1 + 2 * 8
+    names = [name for name, value in states[0].items() if value.is_floating_point()]
+    expected = {name: states[0][name].double() for name in names}
+    for step, state in enumerate(states[1:], start=1):
+        keep = min(0.6, (1 + step) / (10 + step))
+        expected = {name: keep * expected[name] + (1 - keep) * state[name].double() for name in names}
+    for name, value in trainer.judged.state_dict().items():
+        if name in names:
+            assert torch.allclose(value.double(), expected[name], rtol=1e-4, atol=1e-5), name
+    validation = data.table("validation", CPU)
+    told = (records[-1].validation_loss, records[-1].validation_accuracy)
+    assert told == evaluate(trainer.judged, validation, 64)
+    assert told[0] != pytest.approx(evaluate(network, validation, 64)[0], rel=1e-3)
+    assert torch.equal(network.state_dict()["mean"], trainer.judged.state_dict()["mean"])
+
+
+def test_without_an_average_the_weights_themselves_are_judged(data: Dataset) -> None:
+    network = a_network(data)
+    trainer = a_trainer(network)
+    assert trainer.judged is network
+    assert not any(name.startswith("network.") for name in trainer.state())
+
+
+def test_the_model_file_and_the_snapshots_hold_the_average(home: Project) -> None:
+    train_on(home, train__ema=0.9, train__epochs=1, train__snapshot_every=1)
+    network, _ = load(paths.MODEL)
+    loss = evaluate(network, read_dataset().table("validation", CPU), 64)[0]
+    told = pd.read_csv("metrics/train/plots/metrics/validation/loss.tsv", sep="\t")["loss"].iloc[-1]
+    assert loss == pytest.approx(told, rel=1e-6)
+    assert home.bytes("models/snapshots/epoch-0001.safetensors") == home.bytes("models/model.safetensors")
+    averaged = home.bytes("models/model.safetensors")
+    train_on(home, train__ema=0.0)
+    assert home.bytes("models/model.safetensors") != averaged
+
+
+def test_averaging_takes_no_step_that_would_not_be_taken_without(data: Dataset) -> None:
+    plain, averaged = a_network(data), a_network(data)
+    first, second = fitted(data, plain, epochs=2), fitted(data, averaged, epochs=2, ema=0.99)
+    for mine, theirs in zip(averaged.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert [record.train_loss for record in second] == [record.train_loss for record in first]
+
+
+# --- validation, and the epochs
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 10_000])
@@ -440,7 +732,7 @@ def test_dropout_is_on_in_every_training_epoch_and_off_in_validation(data: Datas
 def test_each_step_of_each_epoch_has_its_own_generator(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
 
-    def spy(*parts: object) -> tuple[Tensor, Tensor]:
+    def spy(*parts: object, **_: object) -> tuple[Tensor, Tensor]:
         drawn.append(torch.rand(1, generator=parts[-1]).item())  # type: ignore[call-overload]
         return torch.zeros(()), torch.zeros(())
 
@@ -453,7 +745,7 @@ def test_each_step_of_each_epoch_has_its_own_generator(data: Dataset, monkeypatc
 def test_each_step_is_taken_at_the_rate_of_the_schedule(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[float] = []
 
-    def spy(*parts: object) -> tuple[Tensor, Tensor]:
+    def spy(*parts: object, **_: object) -> tuple[Tensor, Tensor]:
         used.extend(group["lr"] for group in parts[1].param_groups)  # type: ignore[attr-defined]
         return torch.zeros(()), torch.zeros(())
 
@@ -462,7 +754,8 @@ def test_each_step_is_taken_at_the_rate_of_the_schedule(data: Dataset, monkeypat
     fitted(data, **changes)
     params = load_params().train.model_copy(update=changes)
     steps = [(epoch, step) for epoch in range(1, 5) for step in range(1, 4)]
-    assert used == [learning_rate(params, epoch=epoch, step=step, steps=3) for epoch, step in steps]
+    expected = [learning_rate(params, epoch=epoch, step=step, steps=3) for epoch, step in steps]
+    assert used == [rate for rate in expected for _ in range(2)]  # of the weights that decay, and of those that do not
     assert len(set(used)) > 5
 
 
@@ -477,6 +770,27 @@ def test_bf16_computes_in_half_precision_and_keeps_whole_weights(data: Dataset) 
     assert set(seen) == {torch.bfloat16}
     assert {weight.dtype for weight in networks[1].parameters()} == {torch.float32}
     assert half.train_loss == pytest.approx(whole.train_loss, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("portable", "found", "chosen"),
+    [
+        (False, {"avx512_bf16": True}, "bf16-mixed"),
+        (False, {"amx_bf16": True}, "bf16-mixed"),
+        (False, {"avx512_f": True, "avx512_bf16": False}, "32-true"),
+        (False, {}, "32-true"),
+        (True, {"avx512_bf16": True, "amx_bf16": True}, "32-true"),
+    ],
+    ids=str,
+)
+def test_auto_takes_bf16_on_a_cpu_that_has_it_unless_bits_are_portable(
+    monkeypatch: pytest.MonkeyPatch, portable: bool, found: dict[str, bool], chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    asked = {"portable": portable, "device": "cpu"}
+    assert make_fabric(train_params(**asked, precision="auto")).strategy.precision.precision == chosen
+    assert make_fabric(train_params(**asked, precision="32")).strategy.precision.precision == "32-true"
+    assert make_fabric(train_params(**asked, precision="bf16")).strategy.precision.precision == "bf16-mixed"
 
 
 @pytest.mark.skipif(not os.environ.get("FULL"), reason="compiling takes a minute; FULL=1 runs it")
@@ -497,7 +811,7 @@ def test_three_epochs_of_the_sample_reach_ninety_percent_on_test(
     monkeypatch.chdir(sample.folder)
     data = read_dataset()
     network = a_network(data)
-    records = fitted(data, network, epochs=3, shift=2)
+    records = fitted(data, network, epochs=3, augment=augmented_by(shift=2))
     assert [record.epoch for record in records] == [1, 2, 3]
     assert records[0].train_loss > records[1].train_loss > records[2].train_loss
     assert evaluate(network, data.table("test", CPU), 512)[1] > 0.9
@@ -511,10 +825,14 @@ def test_three_epochs_of_the_sample_reach_ninety_percent_on_test(
     [
         ({"train__batch": 10_000}, "train.batch is 10,000, more than the 4"),
         ({"train__lr": 1e30}, "the training loss is nan in epoch 1; use a smaller train.lr than 1e+30"),
+        (
+            {"train__lr": 1e30, "train__clip": 1.0},
+            "the training loss is nan in epoch 1; use a smaller train.lr than 1e+30",
+        ),
         ({"train__device": "cuda"}, "the device 'cuda' is asked for, but torch finds none"),
         ({"model__name": "resnet"}, "model.name is 'resnet', expected one of"),
     ],
-    ids=["batch", "lr", "device", "name"],
+    ids=["batch", "lr", "lr, clipped", "device", "name"],
 )
 def test_a_mistake_is_one_sentence_and_costs_no_older_output(
     home: Project, sentence_of: Callable[[Callable[[], None]], str], changes: dict[str, object], words: str
@@ -609,5 +927,13 @@ def test_nothing_but_a_line_an_epoch_is_printed_where_nobody_watches(finished: P
 def test_starting_to_train_loads_no_library_that_it_does_not_need() -> None:
     script = "import sys, stages.train; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    unneeded = {"sklearn", "matplotlib", "scipy", "kaggle", "torchvision", "PIL", "mlxtend", "tensorboard", "onnx"}
-    assert unneeded & set(loaded.stdout.split()) == set()
+    unneeded = "sklearn matplotlib scipy kaggle torchvision PIL mlxtend tensorboard onnx timm".split()
+    assert set(unneeded) & set(loaded.stdout.split()) == set()
+
+
+def test_a_network_that_takes_one_size_alone_is_trained_on_no_other(data: Dataset) -> None:
+    smaller = {"augment": load_params().train.augment.model_copy(update={"size": 20})}
+    with pytest.raises(PipelineError, match=r"train\.augment\.size is 20, but this network takes no images of other"):
+        a_trainer(a_network(data, name="keras_mnist"), **smaller)
+    (record,) = fitted(data, a_network(data, name="residual", widths=[4, 8]), epochs=1, **smaller)
+    assert record.validation_loss < 10

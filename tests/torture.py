@@ -32,11 +32,16 @@ CHANGES: dict[str, object] = {
     "train.batch": 128,
     "train.checkpoint_minutes": 3.0e-3,
     "train.epochs": 4,
-    "train.flip": True,
+    "train.augment.crop": 0.6,
+    "train.augment.cutmix": 0.3,
+    "train.augment.flip": True,
+    "train.augment.mixup": 0.3,
+    "train.clip": 1.0,
+    "train.ema": 0.9,
     "train.snapshot_every": 2,
     "train.threads": 1,
 }
-"""What the runs change in params.yaml: all that draws random numbers, and several checkpoints an epoch."""
+"""What the runs change in params.yaml: all that draws or is carried along, and several checkpoints an epoch."""
 
 PLACES = ("dvc repro", "dvc exp run", "dvc exp run --temp", "dvc exp run --queue")
 

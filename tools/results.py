@@ -1,0 +1,612 @@
+"""Record runs of recipes, and write what they came to: `python -m tools.results run …` and `… write`.
+
+`run` trains a recipe on some data in a clone of the project as it stands, and keeps its figures as one JSON file. The
+clone outlives a run that was cut off, so that the same command goes on. `write` makes docs/results.md, its picture and
+the README's short table of these files: no figure is ever typed.
+"""
+
+import argparse
+import filecmp
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Collection, Iterable
+from contextlib import chdir, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import yaml
+
+from src import paths
+from src.params import load_params, parse
+from src.provenance import hash_file
+from src.runtime import RESUME, PipelineError, alone, in_one_sentence, remove, say, whole
+from tools.verify import LOCK, dvc, environment, git
+
+RECIPES, RUNS, RESULTS = Path("recipes"), RESUME / "runs", Path("docs/results")
+PAGE, CHART, README = Path("docs/results.md"), Path("docs/results.svg"), Path("README.md")
+PIPELINE = Path("dvc.yaml")
+MARKS = "<!-- results -->", "<!-- /results -->"
+
+DATA = ("download", "prepare", "split", "plot")
+"""Sections whose overrides fit a recipe to data, which have a name of their own, or change no figure."""
+
+ASIDE = {
+    *("train.seed", "train.device", "train.precision", "train.compile", "train.threads", "train.portable"),
+    *("train.snapshot_every", "train.checkpoint_minutes", "evaluate.batch", "evaluate.device", "model.weights"),
+}
+"""Overrides of the other sections that make no other recipe of it: seeds, places, how it is computed and not what."""
+
+SHORT = "short"
+"""Label of the whole runs of an ablation; its parts are `short-no-mixup` and their like."""
+
+BEAT = 1.0  # seconds between two looks at the clock: so much of the time of a killed run is forgotten at most
+
+Runs = list[dict[str, Any]]
+Groups = dict[tuple[str, str], Runs]
+"""Records, and records by recipe and data."""
+
+
+class Tutorial(NamedTuple):
+    """What others report. best: its highest accuracy, 0 to 1; figures: all that it says; source: as Markdown."""
+
+    best: float
+    figures: str
+    source: str
+
+
+_ARTICLE = "https://medium.com/swlh/deep-learning-for-image-classification-creating-cnn-from-scratch-using-pytorch-d9eeb7039c12"
+ANIMALS10 = Tutorial(
+    0.78, "75 % after 50 epochs, 78 % after 100; 2,232,554 parameters", f"[the Animals-10 article]({_ARTICLE})"
+)
+MNIST = Tutorial(
+    0.992, "99.2 % after 12 to 15 epochs", "[keras-io, mnist_convnet](https://keras.io/examples/vision/mnist_convnet/)"
+)
+TUTORIALS = {
+    "animals10": ANIMALS10,
+    "animals10-article": ANIMALS10,
+    "dogs-vs-cats": Tutorial(0.9965, "99.65 %, ResNet-50 with test-time augmentation", "fastai, dogs_cats example"),
+    "mnist": MNIST,
+    "mnist-keras": MNIST,
+}
+
+DATA_SETS = {
+    "animals64": "10,450 photographs of 64 px in 10 classes, cut from Tiny ImageNet: smaller, fewer and of other "
+    "animals than the 26,179 of Animals-10",
+    "dogs-vs-cats-1000": "1,000 of the 25,000 photographs of Dogs vs Cats, half of them cats",
+    "mnist": "all 70,000 digits of MNIST, the same as the tutorial's",
+    "sample": "5,000 digits of MNIST, which come with a Python package",
+}
+"""What each is, and how it differs from what the tutorials used."""
+
+
+class Run(NamedTuple):
+    """A recipe on some data. typed: the overrides as text, by key; overrides: as values; params: with them in place.
+
+    Only the last two hold paths of this machine.
+    """
+
+    recipe: str
+    data: str
+    label: str
+    typed: dict[str, str]
+    overrides: dict[str, Any]
+    params: dict[str, Any]
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.name
+
+    @property
+    def clone(self) -> Path:
+        return self.folder / "clone"
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.results", description="Record runs of recipes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train a recipe and record what it came to; goes on where it was cut off")
+    run.add_argument("recipe", metavar="RECIPE", help="a file of recipes/, without .yaml")
+    run.add_argument("--data", metavar="NAME", required=True, help="what to call the images in the tables")
+    run.add_argument("--label", metavar="LABEL", help="what to call the changes, such as short-no-mixup; '' none")
+    run.add_argument("--again", action="store_true", help="forget record and clone of this run, and begin anew")
+    run.add_argument("-S", dest="words", metavar="KEY=VALUE", nargs="+", action="extend", default=[])
+    commands.add_parser("write", help="write the tables of all records")
+    words = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled job ends its stage as Ctrl-C does
+    if words.command == "run":
+        record(plan(words.recipe, words.data, words.label, words.words), again=words.again)
+    else:
+        write()
+
+
+# --- what to run ------------------------------------------------------------------------------------------------------
+
+
+def plan(recipe: str, data: str, label: str | None, words: list[str]) -> Run:
+    """Put the overrides into the recipe, check the whole as the pipeline does, and give the run its name."""
+    for name in (data, label):
+        if name and not re.fullmatch(r"[\w.=-]+", name):
+            raise PipelineError(f"{name!r} becomes a part of a file's name; use letters, digits and . = - _ alone")
+    if not (file := RECIPES / f"{recipe}.yaml").exists():
+        raise PipelineError(f"{file} is missing; known are {', '.join(sorted(one.stem for one in RECIPES.iterdir()))}")
+    load_params(file)
+    params = parse(file.read_text(encoding="utf-8"))
+    seeds, typed, overrides = _seeds(params), dict[str, str](), dict[str, Any]()
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign:
+            raise PipelineError(f"-S {word}: expected KEY=VALUE, such as train.epochs=5")
+        overrides[key] = override(params, key, text, file)
+        typed[key] = str(public(overrides[key])) if _is_place(overrides[key]) else text
+    with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
+        Path(file.name).write_text(as_yaml(params), encoding="utf-8")
+        load_params(Path(file.name))
+
+    changed = {key for key, value in _seeds(params).items() if value != seeds[key]} or {"seed"}
+    numbers = [f"{key}{value}" for key, value in _seeds(params).items() if key in changed]
+    label = _own_label(typed) if label is None else label
+    name = "_".join(filter(None, [recipe, data, *numbers, label]))
+    return Run(recipe, data, label, typed, overrides, params, name)
+
+
+def override(params: dict[str, Any], key: str, text: str, file: Path) -> Any:
+    """Set one key to a value that is read as params.yaml is; a path becomes absolute, since the run has its own folder.
+
+    Raises PipelineError where the recipe does not have the key.
+    """
+    *above, last = key.split(".")
+    section: Any = params
+    for part in above:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or last not in section:
+        raise PipelineError(f"-S {key}={text}: {file} has no {key}")
+    try:
+        value = parse(text)
+    except yaml.YAMLError:
+        raise PipelineError(f"-S {key}={text}: {text!r} is not valid YAML") from None
+    section[last] = str(Path(value).absolute()) if _is_path(value) else value
+    return section[last]
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and "/" in value and Path(value).exists()
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_absolute()
+
+
+def as_yaml(params: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _seeds(params: dict[str, Any]) -> dict[str, Any]:
+    return {"seed": params["train"]["seed"], "split": params["split"]["seed"]}
+
+
+def _own_label(typed: dict[str, str]) -> str:
+    """Name the overrides that make another recipe, such as epochs=5; none gives ''."""
+    matter = [key for key in typed if key not in ASIDE and key.partition(".")[0] not in DATA]
+    return "_".join(f"{key.removeprefix('train.')}={re.sub(r'[^0-9A-Za-z.-]+', '-', typed[key])}" for key in matter)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def record(run: Run, *, again: bool = False) -> None:
+    """Run the pipeline in the run's clone and write its record; a record of the same code and params stays as it is."""
+    with alone(RUNS / f"{run.name}.lock", f"another process makes {run.name}"):
+        if again:
+            remove(run.folder)
+            remove(run.file)
+        if run.file.exists():
+            known = json.loads(run.file.read_text(encoding="utf-8"))
+            if known["overrides"] != public(run.overrides):
+                raise PipelineError(f"{run.file} has other overrides; give a --label, another --data, or --again")
+            if known["code"] == code(Path()) and known["params"] == public(run.params):
+                say(f"{run.file} is of this code and these params already; --again makes it anew")
+                return
+        bring_up_to_date(run)
+        made_by = code(run.clone)
+        clock = repro(run)
+        figures = describe(run, clock) | {"code": made_by}
+        with whole(run.file) as (file,):
+            file.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        say(f"{run.file}: test accuracy {figures['test_accuracy']:.2%}, trained for {figures['minutes']:.1f} minutes")
+
+
+def bring_up_to_date(run: Run) -> None:
+    """Make the clone the project as it stands, with the run's params; what the pipeline made there stays."""
+    clone, words = run.clone, ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    stages = parse(PIPELINE.read_text(encoding="utf-8"))["stages"].values()
+    entries = [entry for stage in stages for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    made = {Path(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in entries} | {LOCK, paths.PARAMS}
+
+    def files(folder: Path) -> set[str]:
+        listed = git("-C", str(folder), *words, otherwise=f"git cannot list the files of {folder}").split("\0")
+        names = {name for name in listed if (folder / name).is_file()}
+        return {name for name in names if not made & {Path(name), *Path(name).parents}}
+
+    clone.mkdir(parents=True, exist_ok=True)
+    git("-C", str(clone), "init", "--quiet", otherwise="git cannot make a clone")
+    for name in files(clone) - (current := files(Path())):
+        (clone / name).unlink()
+    for name in current:
+        if not (clone / name).exists() or not filecmp.cmp(name, clone / name, shallow=False):
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(name, clone / name)
+    (clone / paths.PARAMS).write_text(as_yaml(run.params), encoding="utf-8")
+    # Each of the many clones would else keep its images twice.
+    (clone / ".dvc/config.local").write_text("[cache]\n    type = reflink,hardlink,copy\n", encoding="utf-8")
+    git("-C", str(clone), "add", "--all", otherwise="git cannot add the files of the clone")
+    author = ("-c", "user.name=results", "-c", "user.email=results@localhost", "-c", "commit.gpgsign=false")
+    git("-C", str(clone), *author, "commit", "--quiet", "--message", "state", otherwise="git cannot commit the clone")
+
+
+def repro(run: Run) -> dict[str, Any]:
+    """Run all stages, the training apart from the others, and give the clock: the seconds of each part of all calls.
+
+    The clock of the training begins anew with it: where its code, params or data have changed.
+    """
+    file = run.folder / "clock.json"
+    clock: dict[str, Any] = {"training": None, "trained": False, "data": 0.0, "train": 0.0, "rest": 0.0}
+    if file.exists():
+        clock |= json.loads(file.read_text(encoding="utf-8"))
+    timed(run, clock, "data", "split")
+    if clock["training"] != (training := what_trains(run.clone)):
+        clock |= {"training": training, "trained": False, "train": 0.0, "rest": 0.0}
+        remove(run.clone / RESUME / "checkpoints")
+    if not clock["trained"]:  # by force, since a result out of DVC's cache would take no time
+        timed(run, clock, "train", "--force", "--no-run-cache", "--single-item", "train")
+        clock["trained"] = True
+    timed(run, clock, "rest")
+    return clock
+
+
+def what_trains(clone: Path) -> str:
+    """Hash all that dvc.yaml says the training depends on."""
+    stage = parse((clone / PIPELINE).read_text(encoding="utf-8"))["stages"]["train"]
+    params = parse((clone / paths.PARAMS).read_text(encoding="utf-8"))
+    files = {dep: hash_file(clone / dep) for dep in stage["deps"] if (clone / dep).is_file()}
+    parts = [files, {section: params[section] for section in stage["params"]}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def timed(run: Run, clock: dict[str, Any], part: str, *words: str) -> None:
+    """Run `dvc repro` in the clone, and add its time to a part of the clock, on the disk, too, while it runs."""
+    before, start = clock[part], time.monotonic()
+
+    def beat() -> None:
+        clock[part] = before + time.monotonic() - start
+        with whole(run.folder / "clock.json") as (file,):
+            file.write_text(json.dumps(clock), encoding="utf-8")
+
+    command, env = dvc("repro", *words), environment(run.clone.absolute())
+    # A session of its own, so that one signal reaches DVC, the stage and its workers, however this process is stopped.
+    child = subprocess.Popen(command, cwd=run.clone, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while child.poll() is None:
+            beat()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(BEAT)
+    except KeyboardInterrupt:
+        os.killpg(child.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=20)
+        raise
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        beat()
+    if child.returncode:
+        raise PipelineError(f"{run.name} failed, for the reason above, and is not recorded; its clone is {run.clone}")
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def describe(run: Run, clock: dict[str, Any]) -> dict[str, Any]:
+    """Gather what a run came to, with what, on which machine; no path of this machine is in it.
+
+    Raises PipelineError where a metric is missing.
+    """
+    try:
+        test, trained, (machine,), raw = (
+            json.loads((run.clone / path).read_text(encoding="utf-8"))
+            for path in (paths.TEST_METRICS, paths.TRAIN_LOG / "metrics.json", paths.ENVIRONMENT, paths.ORIGIN)
+        )
+        return {
+            "recipe": run.recipe,
+            "data": run.data,
+            "label": run.label,
+            "seed": run.params["train"]["seed"],
+            "split_seed": run.params["split"]["seed"],
+            "test_accuracy": test["accuracy"],
+            "test_images": test["images"],
+            **{name: test[name] for name in ("accuracy_low", "accuracy_high")},
+            **{name: test[name] for name in ("macro_precision", "macro_recall", "macro_f1")},
+            "validation_accuracy": trained["best_validation_accuracy"],
+            "epochs": trained["step"],
+            **{name: trained[name] for name in ("best_epoch", "parameters", "train_images")},
+            "minutes": round(clock["train"] / 60, 3),
+            "total_minutes": round((clock["data"] + clock["train"] + clock["rest"]) / 60, 3),
+            "machine": {name: machine[name] for name in ("cpu", "isa", "threads", "device", "gpu")}
+            | {"cores": os.cpu_count()},
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm")},
+            "overrides": public(run.overrides),
+            "params": public(run.params),
+            "data_sha256": raw["sha256"],
+            "files_sha256": {
+                key: hash_file(Path(value))
+                for key, value in run.overrides.items()
+                if _is_place(value) and Path(value).is_file()
+            },
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": command_of(run),
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise PipelineError(f"{run.name} has no metrics to record ({error})") from None
+
+
+def command_of(run: Run) -> str:
+    words = ["python", "-m", "tools.results", "run", run.recipe, "--data", run.data]
+    if run.label != _own_label(run.typed):
+        words += ["--label", run.label]
+    pairs = [f"{key}={text}" for key, text in run.typed.items()]
+    return shlex.join([*words, *(["-S", *pairs] if pairs else [])])
+
+
+def public(value: Any) -> Any:
+    """Give a value without the paths of this machine: a file or folder has its name alone."""
+    if isinstance(value, dict):
+        return {key: public(inner) for key, inner in value.items()}
+    return f"<path of {Path(value).name}>" if _is_place(value) else value
+
+
+def code(root: Path) -> str:
+    """Hash the pipeline's code: the names and contents of src/, stages/ and dvc.yaml."""
+    files = [file for folder in ("src", "stages") for file in (root / folder).rglob("*") if file.is_file()]
+    names = sorted(file.relative_to(root).as_posix() for file in [*files, root / PIPELINE])
+    lines = [f"{hash_file(root / name)}  {name}\n" for name in names if "__pycache__" not in name]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def write() -> None:
+    """Write the page, its chart and the README's table; the same records give the same bytes."""
+    runs = read()
+    for path, content in ((PAGE, page(runs).encode()), (CHART, chart(runs))):
+        if content is None:
+            remove(path)
+            continue
+        with whole(path) as (part,):
+            part.write_bytes(content)
+    begin, end = MARKS
+    before, mark, rest = README.read_text(encoding="utf-8").partition(begin)
+    _, close, after = rest.partition(end)
+    if not (mark and close):
+        say(f"{README} has no {begin} and {end} around a table, and stays as it is")
+        return
+    with whole(README) as (part,):
+        part.write_text(f"{before}{begin}\n{short_table(runs)}\n{end}{after}", encoding="utf-8")
+
+
+def read() -> Runs:
+    """Read all records, ordered by what they are of."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) | {"name": file.stem} for file in RESULTS.glob("*.json")]
+    return sorted(runs, key=lambda run: [run[key] for key in ("recipe", "data", "label", "split_seed", "seed", "name")])
+
+
+def page(runs: Runs) -> str:
+    """Give docs/results.md."""
+    paragraphs = [
+        "# Results",
+        "`python -m tools.results write` makes this page of the records in `docs/results/`, and a test holds it to "
+        "them: no figure here was typed.",
+    ]
+    if not runs:
+        return "\n\n".join([*paragraphs, "No run is recorded yet.", ""])
+    if recipes := group(runs):
+        paragraphs += [
+            "## Recipes",
+            "Accuracy on test images that neither trained nor chose the network: the mean ± the standard deviation "
+            "(n − 1) over n runs with other seeds. The minutes are those of training, in the mean. The command is that "
+            "of the first run.",
+            f"![Test accuracy of each recipe, a dot a run]({CHART.name})",
+            recipe_table(recipes),
+        ]
+    paragraphs += ["## What the tutorials report", *tutorials({run["data"] for run in runs})]
+    if cats := {key: found for key, found in recipes.items() if key[0] == "dogs-vs-cats"}:
+        paragraphs += ["## Dogs vs cats", "The plain means of both classes' figures.", class_table(cats)]
+    if whole_runs := [run for run in runs if run["label"] == SHORT or run["label"].startswith(f"{SHORT}-")]:
+        paragraphs += [
+            "## What each part gives",
+            f"Short runs of the whole recipe (label `{SHORT}`), and the same without one part. A difference is the "
+            f"part's mean minus that of `{SHORT}`, in percentage points; within two standard deviations of `{SHORT}`'s "
+            "own runs it is within the noise.",
+            *ablations(whole_runs),
+        ]
+    return "\n\n".join([*paragraphs, "## Every run", run_table(runs), ""])
+
+
+def group(runs: Runs, label: str = "") -> Groups:
+    """Put the runs of one label together by recipe and data."""
+    groups: Groups = {}
+    for run in runs:
+        if run["label"] == label:
+            groups.setdefault((run["recipe"], run["data"]), []).append(run)
+    return groups
+
+
+def recipe_table(recipes: Groups) -> str:
+    rows = [
+        [
+            *key,
+            spread(runs, "test_accuracy"),
+            TUTORIALS[key[0]].figures if key[0] in TUTORIALS else "—",
+            different(f"{run['parameters']:,}" for run in runs),
+            different(str(run["epochs"]) for run in runs),
+            f"{mean(run['minutes'] for run in runs):.1f}",
+            different(machine(run) for run in runs),
+            f"`{runs[0]['command']}`",
+        ]
+        for key, runs in recipes.items()
+    ]
+    heads = "recipe, data, test accuracy, the tutorial's, parameters, epochs, minutes, machine, command".split(", ")
+    return table(heads, rows, numbers={"parameters", "epochs", "minutes"})
+
+
+def tutorials(data: set[str]) -> list[str]:
+    rows = [[recipe, tutorial.figures, tutorial.source] for recipe, tutorial in TUTORIALS.items()]
+    known = [f"- `{name}`: {DATA_SETS[name]}." for name in sorted(data) if name in DATA_SETS]
+    return [
+        table(["recipe", "reported", "source"], rows),
+        "Animals-10 and all of Dogs vs Cats could not be had on the machine where this was measured; other data stand "
+        "in for them. **Figures of different images do not compare: there, neither is better for being higher.**",
+        *(["\n".join(known)] if known else []),
+    ]
+
+
+def class_table(recipes: Groups) -> str:
+    names = ("precision", "recall", "f1")
+    rows = [[*key, *(spread(runs, f"macro_{name}") for name in names)] for key, runs in recipes.items()]
+    return table(["recipe", "data", "precision", "recall", "F1"], rows)
+
+
+def ablations(runs: Runs) -> list[str]:
+    """Give, for each recipe and data, a table of the parts beside the whole."""
+    found = []
+    for recipe, data in sorted({(run["recipe"], run["data"]) for run in runs}):
+        labels = sorted({run["label"] for run in runs if (run["recipe"], run["data"]) == (recipe, data)})
+        parts = {label: group(runs, label)[recipe, data] for label in labels}
+        rows = [
+            [
+                "the whole" if label == SHORT else label.removeprefix(f"{SHORT}-"),
+                *(
+                    cell
+                    for key in ("test_accuracy", "validation_accuracy")
+                    for cell in (spread(part, key), difference(part, parts.get(SHORT, []), key))
+                ),
+            ]
+            for label, part in parts.items()
+        ]
+        heads = ["part", "test accuracy", "difference", "validation accuracy", "difference"]
+        found += [f"### {recipe} on {data}", table(heads, rows)]
+    return found
+
+
+def difference(part: Runs, base: Runs, key: str) -> str:
+    """Tell by how much a part's mean differs from that of the whole, and whether that is more than noise."""
+    if part == base or not base:
+        return "" if base else "—"
+    values = [run[key] for run in base]
+    found = mean(run[key] for run in part) - mean(values)
+    noise = 2 * stdev(values) if len(values) > 1 else None
+    note = "noise not known" if noise is None else "within the noise" if abs(found) <= noise else ""
+    return f"{100 * found:+.2f}".replace("-", "−") + (f", {note}" if note else "")
+
+
+def run_table(runs: Runs) -> str:
+    rows = [
+        [
+            f"[{run['name']}]({RESULTS.name}/{run['name']}.json)",
+            f"{run['test_accuracy']:.2%} ({run['accuracy_low']:.2%} to {run['accuracy_high']:.2%})".replace("%", " %"),
+            f"{run['test_images']:,}",
+            f"{100 * run['validation_accuracy']:.2f} %",
+            f"{run['best_epoch']} of {run['epochs']}",
+            *(f"{run[name]:.1f}" for name in ("minutes", "total_minutes")),
+            run["date"],
+            run["code"][:8],
+        ]
+        for run in runs
+    ]
+    heads = "run, test accuracy (95 % interval), test images, validation, best epoch, minutes, in all, date, code"
+    return table(heads.split(", "), rows, numbers={"test images", "minutes", "in all"})
+
+
+def short_table(runs: Runs) -> str:
+    """Give the README's table."""
+    rows = [
+        [*key, spread(found, "test_accuracy"), TUTORIALS[key[0]].figures if key[0] in TUTORIALS else "—"]
+        for key, found in group(runs).items()
+    ]
+    return table(["recipe", "data", "here", "the tutorial, on its own data"], rows)
+
+
+def table(heads: list[str], rows: list[list[str]], numbers: Collection[str] = ()) -> str:
+    rules = ["---:" if head in numbers else "---" for head in heads]
+    lines = ([cell.replace("|", r"\|") for cell in row] for row in [heads, rules, *rows])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(runs: Runs, key: str) -> str:
+    values = [100 * run[key] for run in runs]
+    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{deviation} % (n = {len(values)})"
+
+
+def different(values: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(values))
+
+
+def machine(run: dict[str, Any]) -> str:
+    found = run["machine"]
+    threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
+    return f"{found['gpu'] or found['cpu']}, {found['cores']} cores, {threads}, {found['isa']}"
+
+
+def chart(runs: Runs) -> bytes | None:
+    """Draw each recipe's mean as a bar, its runs as dots, and the tutorial's best as a line; SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    from src.figures import BLUE, INK, ORANGE, STYLE
+
+    if not (recipes := group(runs)):
+        return None
+    style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": "results"}
+    del style["backend"]
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8, 0.9 + 0.5 * len(recipes)), layout="constrained")
+        axes = figure.subplots()
+        for row, ((recipe, _), found) in enumerate(recipes.items()):
+            values = [run["test_accuracy"] for run in found]
+            axes.barh(row, mean(values), height=0.6, color=BLUE, alpha=0.3)
+            axes.plot(values, [row] * len(values), "o", color=BLUE, markersize=4)
+            axes.text(0.01, row, f"{mean(values):.2%}".replace("%", " %"), va="center", color=INK)
+            if recipe in TUTORIALS:
+                axes.plot([TUTORIALS[recipe].best] * 2, [row - 0.4, row + 0.4], color=ORANGE)
+        axes.set_yticks(range(len(recipes)), [f"{recipe} on {data}" for recipe, data in recipes])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlim=(0, 1.005), title="Mean test accuracy, a dot a run; orange: the tutorial, on its own data")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    with in_one_sentence():
+        main()
