@@ -19,8 +19,9 @@ from src.params import load_params
 from src.runtime import PipelineError
 from tests.helpers import ROOT, digits, idx, is_one_sentence, zip_of
 from tests.project import Project, clone, stages_run
-from tools import results
-from tools.results import Run, bring_up_to_date, chart, code, page, plan, public, read, short_table, what_trains
+from tools import results, tables
+from tools.results import Run, bring_up_to_date, code, plan, public, what_trains
+from tools.tables import chart, page, read, short_table
 
 RESULTS = (sys.executable, "-m", "tools.results")
 NAME = "sample_digits_seed3_epochs=3"
@@ -54,10 +55,10 @@ def test_the_sample_is_the_default() -> None:
 def test_the_committed_page_and_chart_are_what_write_makes_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     runs = read()
-    assert results.PAGE.read_text(encoding="utf-8") == page(runs)
-    assert (results.CHART.read_bytes() if results.CHART.exists() else None) == chart(runs)
+    assert tables.PAGE.read_text(encoding="utf-8") == page(runs)
+    assert (tables.CHART.read_bytes() if tables.CHART.exists() else None) == chart(runs)
     readme = Path("README.md").read_text(encoding="utf-8")
-    begin, end = results.MARKS
+    begin, end = tables.MARKS
     assert begin not in readme or f"{begin}\n{short_table(runs)}\n{end}" in readme
 
 
@@ -283,7 +284,7 @@ def test_a_pipeline_that_fails_leaves_no_record(recorded: Recorded) -> None:
 
 
 def test_write_makes_the_page_of_the_records_and_tells_where_the_readme_has_no_place(recorded: Recorded) -> None:
-    project, begin, end = recorded.project, *results.MARKS
+    project, begin, end = recorded.project, *tables.MARKS
     text = project.bytes("README.md").decode()
     without = text.replace(begin, "").replace(end, "")
     (project.folder / "README.md").write_text(without, encoding="utf-8")

@@ -33,7 +33,7 @@ from src import paths
 from src.params import parse
 from src.provenance import hash_file
 from src.runtime import RESUME, PipelineError, home, in_one_sentence, remove, say
-from tools.verify import dvc, git
+from tools.command import dvc, git, running
 
 METRICS, OBJECTIVE = paths.TRAIN_LOG / "metrics.json", "best_validation_accuracy"
 HOPELESS = 3
@@ -268,32 +268,13 @@ def clear(experiment: str, ref: str, params: dict[str, Any]) -> None:
 def follow(command: list[str], held: int) -> tuple[int, list[str]]:
     """Run a command, show on stderr what it prints, and give its exit code and its lines."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
-    # A session of its own, so that one signal reaches DVC, the stage and its workers, however this process is stopped.
-    child = subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        pass_fds=[held],
-    )
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
     lines = [""]
-    try:
+    with running(command, env=env, pass_fds=[held], **told) as child:
         for line in child.stdout or ():
             print(line, end="", file=sys.stderr, flush=True)
             lines += [line.strip()] if line.strip() else []
         return child.wait(), lines
-    except KeyboardInterrupt:
-        os.killpg(child.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=20)
-        raise
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------

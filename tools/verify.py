@@ -6,11 +6,9 @@ resume store and no former result. There every stage runs again, and each output
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +19,7 @@ import yaml
 
 from src import paths
 from src.runtime import PipelineError, in_one_sentence
+from tools.command import dvc, environment, git, running
 from tools.difference import difference, digest
 
 LOCK = Path("dvc.lock")
@@ -150,49 +149,11 @@ def give_archive(scene: Scene, lock: dict[str, Any], outputs: list[Output]) -> s
 def rerun(scene: Scene, outputs: list[Output], given: set[str]) -> None:
     """Run every stage, or all after the download where the archive is given; what they print is for the user to see."""
     command = dvc("repro", "--force", "--no-run-cache", "--no-commit", *(["--downstream", "prepare"] if given else []))
-    env = environment(scene.clone)
-    # A session of its own, so that one signal reaches DVC, the stage and its workers, however this process is stopped.
-    child = subprocess.Popen(command, cwd=scene.clone, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
-    try:
+    with running(command, cwd=scene.clone, env=environment(scene.clone)) as child:
         code = child.wait()
-    except KeyboardInterrupt:
-        os.killpg(child.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=20)
-        raise
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
     if code:
         failed = next((output.stage for output in outputs if not (scene.clone / output.path).exists()), "dvc")
         raise PipelineError(f"{scene.name} cannot be made again: {failed} failed, for the reason above")
-
-
-def dvc(*words: str) -> list[str]:
-    return [sys.executable, "-m", "dvc", *words]
-
-
-def environment(clone: Path) -> dict[str, str]:
-    """Give the caller's environment with this interpreter first, and with nothing that belongs to another repository.
-
-    DVC_ROOT would lead to the caller's resume store and a global configuration to a shared cache; DVC's own memory of
-    hashes goes by path and time and outlives the clone, as do the kernels that torch compiles into TMPDIR.
-    """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
-    own = {f"DVC_{kind}_DIR": str(clone.with_name("dvc")) for kind in ("SITE_CACHE", "GLOBAL_CONFIG", "SYSTEM_CONFIG")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    return kept | own | {"PATH": path, "TMPDIR": str(clone.parent)}
-
-
-def git(*words: str, otherwise: str) -> str:
-    """Give what git prints; where it fails, raise the sentence `otherwise` with git's own reason."""
-    # Within a hook, GIT_DIR and its like would turn each command for the clone into one for the caller's repository.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    done = subprocess.run(["git", *words], env=env, capture_output=True, text=True)
-    # Without a word, `git stash create` ends with 1 where files have new times and nothing else (2.39).
-    if done.returncode and done.stderr:
-        raise PipelineError(f"{otherwise} ({done.stderr.strip()})")
-    return done.stdout.strip()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
