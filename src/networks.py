@@ -182,7 +182,7 @@ class Resize(nn.Module):
 
 
 class Network(nn.Module):
-    """Pixels in, logits out: normalisation, then the layers in their order; the first ones may be a backbone."""
+    """Pixels in, logits out: normalisation, a pretrained backbone if there is one, then the layers in their order."""
 
     mean: Tensor
     deviation: Tensor

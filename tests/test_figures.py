@@ -184,7 +184,18 @@ def test_the_report_says_the_result_the_settings_and_the_origin() -> None:
     results = results_of(["cat", "dog"])
     text = Page(drawn("cat", "dog")["report.html"]).text.replace("\N{NO-BREAK SPACE}", " ")
     accuracy = f"{results.test['accuracy']:.1%}".replace("%", " %")
-    for words in (accuracy, "70.0 %", "95.0 %", "60", "1,234", "CC-BY <4.0>", "max_rejected", "dvc repro", "rejected"):
+    for words in (
+        accuracy,
+        "70.0 %",
+        "95.0 %",
+        "60",
+        "1,234",
+        "CC-BY <4.0>",
+        "max_rejected",
+        "augment.cutmix",
+        "dvc repro",
+        "rejected",
+    ):
         assert words in text, words
 
 
