@@ -81,23 +81,17 @@ def keras_mnist(card: Card) -> list[nn.Module]:
 def residual(card: Card) -> list[nn.Module]:
     """A residual network (He et al. 2016): a stem, then a stage for each of `widths`, of `depth` blocks.
 
-    Each stage halves the image. The stem takes large images down to 64 pixels or more, so that any size costs about the
-    same. It ends in an average over all places, so that a network may see images of other sizes than it was trained on.
+    Each stage halves the image first, by averages, since strided convolutions alias (Zhang 2019). The stem takes large
+    images down to 64 pixels or more, so that any size costs about the same. The end is an average over all places, so
+    that a network may see images of other sizes than it was trained on.
     """
     widths, stride = [max(1, card.widths[0] // 2), *card.widths], max(1, card.size // 64)
     _needs(card.size >= 2 ** len(widths), card, f"at least {2 ** len(widths)}, since it halves the image so often")
-    return [
-        *convolution(card.channels, widths[0], side=max(3, 2 * stride - 1), stride=stride),
-        nn.ReLU(),
-        *(
-            Residual(wide if block else narrow, wide, stride=1 if block else 2)
-            for narrow, wide in pairwise(widths)
-            for block in range(card.depth)
-        ),
-        Mean(),
-        Dropout(card.dropout),
-        nn.Linear(widths[-1], len(card.classes)),
-    ]
+    layers = [*convolution(card.channels, widths[0], side=max(3, 2 * stride - 1), stride=stride), nn.ReLU()]
+    for narrow, wide in pairwise(widths):
+        layers += [nn.AvgPool2d(2, ceil_mode=True), Residual(narrow, wide)]
+        layers += [Residual(wide, wide) for _ in range(card.depth - 1)]
+    return [*layers, Mean(), Dropout(card.dropout), nn.Linear(widths[-1], len(card.classes))]
 
 
 NETWORKS: dict[str, Callable[[Card], list[nn.Module]]] = {
@@ -113,18 +107,14 @@ def convolution(narrow: int, wide: int, *, side: int = 3, stride: int = 1) -> li
 
 
 class Residual(nn.Module):
-    """Two convolutions, their channels weighed, and a shortcut: (N, narrow, S, S) -> (N, wide, S/stride, S/stride)."""
+    """Two convolutions, their channels weighed, and a shortcut: (N, narrow, S, S) -> (N, wide, S, S)."""
 
-    def __init__(self, narrow: int, wide: int, *, stride: int) -> None:
+    def __init__(self, narrow: int, wide: int) -> None:
         super().__init__()
-        first, second = convolution(narrow, wide, stride=stride), convolution(wide, wide)
+        first, second = convolution(narrow, wide), convolution(wide, wide)
         nn.init.constant_(second[-1].get_parameter("weight"), 0)  # it begins as its shortcut (Goyal et al. 2017)
         self.body = nn.Sequential(*first, nn.ReLU(), *second, Excitation(wide))
-        self.shortcut = nn.Sequential()
-        if stride > 1:
-            self.shortcut.append(nn.AvgPool2d(stride, ceil_mode=True))
-        if stride > 1 or narrow != wide:
-            self.shortcut.extend(convolution(narrow, wide, side=1))
+        self.shortcut = nn.Sequential(*(convolution(narrow, wide, side=1) if narrow != wide else []))
 
     def forward(self, features: Tensor) -> Tensor:
         """Add what the body finds to what was there."""

@@ -142,8 +142,9 @@ class Train(Section):
     """Passes over the training images."""
     batch: Count
     """Images a step, over all devices together."""
-    optimizer: Literal["adam", "adamw", "sgd"]
-    """adam, adamw (decay apart from the gradient) or sgd (Nesterov momentum of 0.9)."""
+    optimizer: Literal["adam", "adamw", "muon", "sgd"]
+    """adam, adamw (decay apart from the gradient), muon (adamw, but matrices step along their orthogonalized momentum)
+    or sgd (Nesterov momentum of 0.9)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """The learning rate, such as 1.0e-3; the highest, where the schedule changes it."""
     schedule: Literal["constant", "wsd", "cosine", "onecycle"]

@@ -13,13 +13,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from src.backbones import layer_groups
 from src.batches import Table, augments, batches, choose_device, count_steps, step_generator
 from src.checkpoints import Store
 from src.networks import Card, Network, pack
+from src.optimizers import make_optimizer
 from src.params import Train
 from src.runtime import PipelineError, say
 from src.schedules import learning_rate
@@ -86,9 +86,12 @@ class Trainer:
         self.params, self.fabric = params, fabric
         self.network = network.to(memory_format=torch.channels_last)
         _check_size(self.network, params.augment.size)
-        # A fused step takes the scale of float16 off the gradient by itself, too late for clipping.
-        late = params.clip > 0 and getattr(fabric.strategy.precision, "scaler", None) is not None
-        optimizer = make_optimizer(self.network, params, fused=fabric.device.type in ("cuda", "cpu") and not late)
+        # A fused step takes the scale of float16 off the gradient by itself, too late for clipping and for Muon.
+        late = params.clip > 0 or params.optimizer == "muon"
+        scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
+        fused = fabric.device.type in ("cuda", "cpu") and not (late and scaled)
+        dtype = torch.bfloat16 if fabric.strategy.precision.precision == "bf16-mixed" else torch.float32
+        optimizer = make_optimizer(self.network, params, fused=fused, dtype=dtype)
         compiled: nn.Module = torch.compile(self.network) if params.compile else self.network  # type: ignore[assignment]
         self.model, self.optimizer = fabric.setup(compiled, optimizer)
         # What validation judges, and what is kept: the average of the weights, where there is one.
@@ -293,28 +296,6 @@ def train_step(
         fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
     optimizer.step()
     return loss.detach() * len(targets), (logits.detach().argmax(1) == targets.argmax(1)).sum()
-
-
-def make_optimizer(network: Network, params: Train, *, fused: bool) -> Optimizer:
-    """Make the optimizer, with groups of weights; norms and biases have no weight decay (He et al. 2019).
-
-    `lr_scale` of a group is its share of the learning rate. Fused steps give the same bits on every CPU.
-    """
-    backbone = list(network.backbone.children())[-1:]
-    groups = [
-        group
-        for module in backbone
-        for group in layer_groups(module, weight_decay=params.weight_decay, layer_decay=params.layer_decay)
-    ]
-    own = list(network.layers.parameters())
-    groups += [
-        {"params": [one for one in own if one.ndim > 1], "weight_decay": params.weight_decay, "lr_scale": 1.0},
-        {"params": [one for one in own if one.ndim <= 1], "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    if params.optimizer == "sgd":
-        return SGD(groups, lr=params.lr, momentum=0.9, nesterov=True, fused=fused)
-    kind = AdamW if params.optimizer == "adamw" else Adam
-    return kind(groups, lr=params.lr, fused=fused)
 
 
 def average(averaged: nn.Module, current: nn.Module, *, keep: float, step: int) -> None:

@@ -26,7 +26,7 @@ SMALL = {"size": 32, "channels": 3}
 
 
 EVERYTHING: dict[str, Any] = {
-    "optimizer": "adamw",
+    "optimizer": "muon",
     "weight_decay": 0.05,
     "clip": 1.0,
     "ema": 0.9,

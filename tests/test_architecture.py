@@ -12,8 +12,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 ORDER = (
-    "paths provenance runtime params archive sources images split batches backbones networks schedules environment "
-    "checkpoints training evaluation figures"
+    "paths provenance runtime params archive sources images split batches backbones networks optimizers schedules "
+    "environment checkpoints training evaluation figures"
 ).split()
 WITHOUT_TORCH = {
     *("paths", "provenance", "runtime", "params", "archive", "sources", "images", "split"),

@@ -28,9 +28,10 @@ from src.batches import Dataset, Table, count_steps, read_dataset
 from src.checkpoints import open_store
 from src.environment import settle
 from src.networks import Card, Dropout, Network, Resize, load, pack, start
+from src.optimizers import make_optimizer
 from src.params import Params
 from src.runtime import PipelineError
-from src.training import Trainer, fit_from, make_fabric, make_optimizer
+from src.training import Trainer, fit_from, make_fabric
 from stages import evaluate as evaluate_stage
 from stages import train as train_stage
 from tests.helpers import ROOT, crops, encode, environment, shared, zip_of
@@ -350,7 +351,7 @@ def test_what_was_trained_needs_neither_weights_nor_network_nor_hub(
 def test_timm_is_loaded_only_for_a_backbone() -> None:
     code = (
         "import sys, stages.train, stages.evaluate; from src.params import load_params; from torch import Generator\n"
-        "from src.networks import start; from src.training import make_optimizer\n"
+        "from src.networks import start; from src.optimizers import make_optimizer\n"
         "network, _ = start(load_params().model, 28, 1, ['0', '1'], ([0], [1]), Generator())\n"
         "make_optimizer(network, load_params().train, fused=True)\n"
         "print({'timm', 'huggingface_hub', 'torchvision'} & {*sys.modules})"

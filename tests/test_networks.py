@@ -172,7 +172,11 @@ def test_a_card_says_what_the_params_ask_for() -> None:
 
 def test_the_residual_network_halves_the_image_in_each_stage() -> None:
     card = replace(RESIDUAL, size=32, widths=[16, 32, 64], depth=2)
-    stages = [("Residual", (width, side, side)) for width, side in ((16, 16), (32, 8), (64, 4)) for _ in range(2)]
+    stages = [
+        (kind, (wide if kind == "Residual" else narrow, side, side))
+        for narrow, wide, side in ((8, 16, 16), (16, 32, 8), (32, 64, 4))
+        for kind in ("AvgPool2d", "Residual", "Residual")
+    ]
     stem = [(kind, (8, 32, 32)) for kind in ("Conv2d", "BatchNorm2d", "ReLU")]
     assert shapes(make(card), card) == [*stem, *stages, ("Mean", (64,)), ("Dropout", (64,)), ("Linear", (10,))]
 
@@ -183,15 +187,14 @@ def test_the_residual_network_halves_the_image_in_each_stage() -> None:
 )
 def test_widths_and_depth_give_the_number_of_its_parameters(widths: list[int], depth: int, channels: int) -> None:
     def block(narrow: int, wide: int) -> int:
-        shortcut = narrow * wide + 2 * wide
+        shortcut = narrow * wide + 2 * wide if narrow != wide else 0
         excitation = 2 * wide * -(-wide // 8) + wide + -(-wide // 8)
         return 9 * narrow * wide + 9 * wide * wide + 4 * wide + excitation + shortcut
 
     stem = widths[0] // 2
     expected = 9 * channels * stem + 2 * stem + widths[-1] * 10 + 10
     for narrow, wide in pairwise([stem, *widths]):
-        further = block(wide, wide) - wide * wide - 2 * wide  # its shortcut has no weights
-        expected += block(narrow, wide) + (depth - 1) * further
+        expected += block(narrow, wide) + (depth - 1) * block(wide, wide)
     assert count_parameters(make(replace(RESIDUAL, widths=widths, depth=depth, channels=channels))) == expected
 
 
@@ -224,10 +227,23 @@ def test_larger_images_cost_about_as_much_as_small_ones() -> None:
 
 def test_a_block_begins_as_its_shortcut() -> None:
     features = torch.rand(2, 6, 8, 8, generator=Generator().manual_seed(0))
-    keeps, halves = Residual(6, 6, stride=1), Residual(6, 12, stride=2).eval()
+    keeps, widens = Residual(6, 6), Residual(6, 12).eval()
     assert torch.equal(keeps(features), features)
-    assert torch.equal(halves(features), halves.shortcut(features).relu())
-    assert halves(features).shape == (2, 12, 4, 4)
+    assert torch.equal(widens(features), widens.shortcut(features).relu())
+    assert widens(features).shape == (2, 12, 8, 8)
+
+
+def test_the_residual_network_knows_an_image_that_moved_by_a_pixel() -> None:
+    card = replace(RESIDUAL, size=64)
+    network = make(card).eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5, generator=Generator().manual_seed(0))
+    blurred = nn.functional.avg_pool2d(pixels(card, 16).permute(0, 3, 1, 2).float(), 4, 1, 2)[:, :, :64, :64]
+    images = blurred.permute(0, 2, 3, 1).to(torch.uint8)
+    logits = network(images)
+    moved, other = (network(images.roll(shift, 1)) for shift in (1, 32))
+    assert (moved - logits).norm() < 0.5 * (other - logits).norm()
 
 
 def test_a_gradient_reaches_each_parameter_once_a_block_is_more_than_its_shortcut() -> None:

@@ -137,7 +137,12 @@ def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         ("train", "augment", {"mixup": float("nan")}, "train.augment.mixup is nan (float): input should be"),
         ("train", "augment", {"cutmix": None}, "train.augment.cutmix is None (NoneType): input should be"),
         ("train", "augment", 3, "train.augment is 3 (int): input should be a valid dictionary"),
-        ("train", "optimizer", "lamb", "train.optimizer is 'lamb' (str): input should be 'adam', 'adamw' or 'sgd'"),
+        (
+            "train",
+            "optimizer",
+            "lamb",
+            "train.optimizer is 'lamb' (str): input should be 'adam', 'adamw', 'muon' or 'sgd'",
+        ),
         ("train", "schedule", "step", "train.schedule is 'step' (str): input should be 'constant', 'wsd', 'cosine' or"),
         ("train", "weight_decay", -0.1, "train.weight_decay is -0.1 (float): input should be greater than or"),
         ("train", "clip", float("inf"), "train.clip is inf (float): input should be a finite number"),

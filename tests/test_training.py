@@ -24,6 +24,7 @@ from src import paths, training
 from src.batches import Dataset, Table, read_dataset, step_generator
 from src.checkpoints import Store
 from src.networks import Network, load, start
+from src.optimizers import make_optimizer
 from src.params import Train, load_params
 from src.runtime import PipelineError
 from src.schedules import learning_rate
@@ -34,7 +35,6 @@ from src.training import (
     evaluate,
     fit_from,
     make_fabric,
-    make_optimizer,
     train_step,
 )
 from stages import evaluate as evaluate_stage
@@ -229,7 +229,7 @@ WITH_EVERYTHING: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 @pytest.mark.parametrize("minutes", [0.0, 1e-9], ids=["each epoch kept", "each step kept"])
 def test_with_everything_on_it_goes_on_to_the_same_bytes(
     home: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], minutes: float, optimizer: str
@@ -502,7 +502,7 @@ def test_three_steps_are_those_of_the_optimizer_on_the_cross_entropy(
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon", "sgd"])
 def test_without_a_gradient_weights_decay_and_norms_and_biases_stay(data: Dataset, optimizer: str, fused: bool) -> None:
     network = a_network(data, **RESIDUAL)
     for weight in network.parameters():
@@ -513,6 +513,7 @@ def test_without_a_gradient_weights_decay_and_norms_and_biases_stay(data: Datase
     make_optimizer(network, train_params(optimizer=optimizer, lr=lr, weight_decay=decay), fused=fused).step()
     left = {
         "adamw": lambda weight: weight * (1 - lr * decay),
+        "muon": lambda weight: weight * (1 - lr * decay),
         "adam": lambda weight: weight - lr,  # whose first step is as long as the learning rate
         "sgd": lambda weight: weight * (1 - 1.9 * lr * decay),
     }[optimizer]
@@ -619,11 +620,20 @@ def test_clipping_shortens_a_long_gradient_keeps_its_direction_and_leaves_a_shor
         assert torch.equal(one.grad, third.grad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("clip", "scaled", "fused"), [(0.0, True, True), (1.0, True, False), (1.0, False, True)])
-def test_a_step_is_fused_unless_the_scale_of_float16_has_to_come_off_before_it_is_clipped(
-    data: Dataset, clip: float, scaled: bool, fused: bool
+@pytest.mark.parametrize(
+    ("clip", "optimizer", "scaled", "fused"),
+    [
+        (0.0, "adamw", True, True),
+        (1.0, "adamw", True, False),
+        (1.0, "adamw", False, True),
+        (0.0, "muon", True, False),
+        (0.0, "muon", False, True),
+    ],
+)
+def test_a_step_is_fused_unless_the_scale_of_float16_has_to_come_off_before_it(
+    data: Dataset, clip: float, optimizer: str, scaled: bool, fused: bool
 ) -> None:
-    params = train_params(clip=clip)
+    params = train_params(clip=clip, optimizer=optimizer)
     fabric = make_fabric(params)
     if scaled:  # as 16-mixed has it, which wants a CUDA device
         fabric.strategy.precision.scaler = SimpleNamespace()  # type: ignore[attr-defined]
