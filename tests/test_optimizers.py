@@ -38,11 +38,11 @@ def test_a_matrix_of_zeros_stays_one() -> None:
 
 
 class Small(nn.Sequential):
-    """Filters, depthwise filters, a normalisation and a head, their weights in the memory format of training."""
+    """Few filters of many outputs, depthwise ones, a normalisation and a head, their weights in the memory format of training."""
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(8, 24, 3, bias=False),
+            nn.Conv2d(2, 24, 3, bias=False),
             nn.BatchNorm2d(24),
             nn.ReLU(),
             nn.Conv2d(24, 24, 3, groups=24),
@@ -74,7 +74,7 @@ def test_five_steps_are_those_of_timm_for_matrices_and_of_adamw_for_all_else(*, 
         AdamW(groups(theirs, matrices=False), lr=lr),
     ]
     for step in range(5):
-        images, labels = noise(32, 8, 8, 8, seed=step), torch.arange(32) % 10
+        images, labels = noise(32, 2, 8, 8, seed=step), torch.arange(32) % 10
         for network, optimizers in ((mine, [muon]), (theirs, references)):
             network.zero_grad()
             F.cross_entropy(network(images), labels).backward()

@@ -229,7 +229,7 @@ WITH_EVERYTHING: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 @pytest.mark.parametrize("minutes", [0.0, 1e-9], ids=["each epoch kept", "each step kept"])
 def test_with_everything_on_it_goes_on_to_the_same_bytes(
     home: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], minutes: float, optimizer: str
