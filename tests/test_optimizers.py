@@ -38,7 +38,7 @@ def test_a_matrix_of_zeros_stays_one() -> None:
 
 
 class Small(nn.Sequential):
-    """Few filters of many outputs, depthwise ones, a normalisation and a head, their weights in the memory format of training."""
+    """Few filters of many outputs, depthwise ones, a normalisation and a head, in the memory format of training."""
 
     def __init__(self) -> None:
         super().__init__(
