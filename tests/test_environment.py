@@ -88,3 +88,21 @@ def test_of_the_packages_only_those_that_compute_count(package: str, counts: boo
 def test_the_kind_of_cpu_counts_unless_bits_are_portable(portable: bool) -> None:
     params, record = load_params().train.model_copy(update={"portable": portable}), describe(CPU)
     assert (bits(record | {"cpu": "another"}, params) != bits(record, params)) is not portable
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_memory_that_was_freed_is_used_again_without_asking_the_system() -> None:
+    code = """
+import resource
+import torch
+from src.environment import settle
+from src.params import load_params
+settle(load_params().train)
+def faults():
+    torch.ones(2**24)  # 64 MiB, 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    before = faults()
+print(faults() - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
