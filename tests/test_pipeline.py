@@ -115,9 +115,10 @@ def test_more_epochs_continue_and_come_to_the_same_as_straight_through(project: 
     shutil.copytree(project.folder, tmp_path / "straight")
     shutil.rmtree(tmp_path / "straight/.resume")
     straight = Project(tmp_path / "straight")
-    words = ("-S", "train.epochs=3", "train")
-    assert "going on after" not in straight.dvc("exp", "run", *words)
-    assert "going on after epoch 1 of 3" in project.dvc("exp", "run", "--temp", "--name", "more", *words)
+    assert "going on after" not in straight.dvc("exp", "run", "-S", "train.epochs=3")
+    assert "going on after epoch 1 of 3" in project.dvc(
+        "exp", "run", "--temp", "--name", "more", "-S", "train.epochs=3"
+    )
     project.dvc("exp", "apply", "more")
     assert project.bytes("dvc.lock") == straight.bytes("dvc.lock")
     assert project.git("diff", "--no-index", "--stat", "metrics", str(straight.folder / "metrics")) == ""
@@ -149,8 +150,12 @@ def double_the_rate(text: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "edit", "named"),
-    [("params.yaml", double_the_rate, "params.yaml: train.lr"), ("src/figures.py", add_a_comment, None)],
-    ids=["a param", "another stage's source"],
+    [
+        ("src/batches.py", add_a_comment, "src/batches.py"),
+        ("params.yaml", double_the_rate, "params.yaml: train.lr"),
+        ("src/figures.py", add_a_comment, None),
+    ],
+    ids=["source", "param", "another stage's source"],
 )
 def test_an_edit_during_a_run_fails_the_stage_that_it_touches(
     project: Project, name: str, edit: Callable[[str], str], named: str | None

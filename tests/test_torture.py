@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import STEP, WRITE, Trial, Undisturbed, leave_alone, torture
+from tests.torture import RENAME, STEP, WRITE, Trial, Undisturbed, leave_alone, torture
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,7 @@ def undisturbed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Undi
     [
         Trial("dvc repro", (WRITE,)),
         Trial("dvc exp run --temp", (STEP,)),
+        Trial("dvc exp run --queue", (RENAME,)),
     ],
     ids=lambda trial: f"{trial.place}, {' and '.join(trial.moments)}",
 )
