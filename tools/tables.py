@@ -94,7 +94,7 @@ def page(runs: Runs) -> str:
             "Accuracy on test images that neither trained nor chose the network: the mean ± the standard deviation "
             "(n − 1) over n runs with other seeds. The minutes are those of training, in the mean. The command is that "
             "of the first run.",
-            f"![Test accuracy of each recipe, a dot a run]({CHART.name})",
+            f"![Test errors of each recipe, a dot a run]({CHART.name})",
             recipe_table(recipes),
         ]
     paragraphs += ["## What the tutorials report", *tutorials({run["data"] for run in runs})]
@@ -173,7 +173,11 @@ def ablations(runs: Runs) -> list[str]:
             for label, part in parts.items()
         ]
         heads = ["part", "test accuracy", "difference", "validation accuracy", "difference"]
-        found += [f"### {recipe} on {data}", table(heads, rows)]
+        these = [run for part in parts.values() for run in part]
+        epochs, images = (different(f"{run[key]:,}" for run in these) for key in ("epochs", "train_images"))
+        minutes = f"{min(run['minutes'] for run in these):.0f} to {max(run['minutes'] for run in these):.0f}"
+        size = f"{epochs} epochs of {images} training images, {minutes} minutes a run; {machine(these[0])}."
+        found += [f"### {recipe} on {data}", size, table(heads, rows)]
     return found
 
 
@@ -238,10 +242,13 @@ def machine(run: dict[str, Any]) -> str:
 
 
 def chart(runs: Runs) -> bytes | None:
-    """Draw each recipe's mean as a bar, its runs as dots, and the tutorial's best as a line; SVG."""
+    """Draw each recipe's test error, a dot a run, and that of the tutorial's best as a line; SVG.
+
+    The scale is that of ratios, on which half the errors is the same step everywhere.
+    """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     from src.figures import BLUE, INK, ORANGE, STYLE
 
@@ -250,20 +257,25 @@ def chart(runs: Runs) -> bytes | None:
     style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": "results"}
     del style["backend"]
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8, 0.9 + 0.5 * len(recipes)), layout="constrained")
+        figure = Figure(figsize=(8, 1.1 + 0.45 * len(recipes)), layout="constrained")
         axes = figure.subplots()
         for row, ((recipe, _), found) in enumerate(recipes.items()):
-            values = [run["test_accuracy"] for run in found]
-            axes.barh(row, mean(values), height=0.6, color=BLUE, alpha=0.3)
-            axes.plot(values, [row] * len(values), "o", color=BLUE, markersize=4)
-            axes.text(0.01, row, f"{mean(values):.2%}".replace("%", " %"), va="center", color=INK)
+            # An error of none has no logarithm: half an image of the test set stands for it.
+            errors = [max(1 - run["test_accuracy"], 0.5 / run["test_images"]) for run in found]
+            accuracy = f"{mean(run['test_accuracy'] for run in found):.2%}".replace("%", " %")
             if recipe in TUTORIALS:
-                axes.plot([TUTORIALS[recipe].best] * 2, [row - 0.4, row + 0.4], color=ORANGE)
+                axes.plot([1 - TUTORIALS[recipe].best] * 2, [row - 0.35, row + 0.35], color=ORANGE)
+            axes.plot(errors, [row] * len(errors), "o", color=BLUE, markersize=5, alpha=0.7)
+            axes.annotate(f"  {accuracy}", (1, row), xycoords=axes.get_yaxis_transform(), va="center", color=INK)
         axes.set_yticks(range(len(recipes)), [f"{recipe} on {data}" for recipe, data in recipes])
-        axes.invert_yaxis()
+        axes.set_ylim(len(recipes) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set(xlim=(0, 1.005), title="Mean test accuracy, a dot a run; orange: the tutorial, on its own data")
+        axes.set_xscale("log")
+        axes.set_xlabel("errors, of the test images")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_title("A dot a run, the mean accuracy beside them; orange: the tutorial, on its own data")
         axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
