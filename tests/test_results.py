@@ -459,6 +459,16 @@ def test_a_part_is_compared_with_the_short_runs_of_the_whole_and_their_noise() -
     assert mixup[2::2] == ["−2.50", "+2.50"]
 
 
+def test_a_part_that_is_taken_from_the_full_length_is_compared_with_the_recipes_own_runs() -> None:
+    runs = [a_run("animals10", accuracy, seed) for seed, accuracy in enumerate((0.84, 0.85, 0.86))]
+    text = page([*runs, a_run("animals10", 0.82, label="long-no-mixing"), a_run("animals10", 0.5, label="short")])
+    full = text.partition("## The same at full length")[2].partition("## Every run")[0]
+    assert row(full, "the whole")[1] == "85.00 ± 1.00 % (n = 3)"
+    assert row(full, "no-mixing")[1:3] == ["82.00 % (n = 1)", "−3.00"]
+    assert "50.00" not in full
+    assert "## The same at full length" not in page(runs)
+
+
 def test_where_the_noise_is_not_known_nothing_is_said_of_it() -> None:
     runs = [a_run("animals10", 0.8, label="short"), a_run("animals10", 0.7, label="short-no-flip")]
     assert row(page(runs), "no-flip")[2] == "−10.00, noise not known"

@@ -13,8 +13,11 @@ RESULTS, PAGE, CHART = Path("docs/results"), Path("docs/results.md"), Path("docs
 README = Path("README.md")
 MARKS = "<!-- results -->", "<!-- /results -->"
 
-SHORT = "short"
-"""Label of the whole runs of an ablation; its parts are `short-no-mixup` and their like."""
+SHORT, LONG = "short", "long"
+"""Label of the short runs of a whole recipe; without a part they are `short-no-mixup` and their like.
+
+Those of a recipe's own length, which have no label, are beside `long-no-mixup` and their like.
+"""
 
 Runs = list[dict[str, Any]]
 Groups = dict[tuple[str, str], Runs]
@@ -100,14 +103,16 @@ def page(runs: Runs) -> str:
     paragraphs += ["## What the tutorials report", *tutorials({run["data"] for run in runs})]
     if cats := {key: found for key, found in recipes.items() if key[0] == "dogs-vs-cats"}:
         paragraphs += ["## Dogs vs cats", "The plain means of both classes' figures.", class_table(cats)]
-    if whole_runs := [run for run in runs if run["label"] == SHORT or run["label"].startswith(f"{SHORT}-")]:
+    if parts := ablations(runs, SHORT, SHORT):
         paragraphs += [
             "## What each part gives",
             f"Short runs of the whole recipe (label `{SHORT}`), and the same without one part. A difference is the "
             f"part's mean minus that of `{SHORT}`, in percentage points; within two standard deviations of `{SHORT}`'s "
             "own runs it is within the noise.",
-            *ablations(whole_runs),
+            *parts,
         ]
+    if parts := ablations(runs, "", LONG):
+        paragraphs += ["## The same at full length", "Beside the recipe's own runs.", *parts]
     return "\n\n".join([*paragraphs, "## Every run", run_table(runs), ""])
 
 
@@ -155,19 +160,22 @@ def class_table(recipes: Groups) -> str:
     return table(["recipe", "data", "precision", "recall", "F1"], rows)
 
 
-def ablations(runs: Runs) -> list[str]:
-    """Give, for each recipe and data, a table of the parts beside the whole."""
+def ablations(runs: Runs, whole: str, prefix: str) -> list[str]:
+    """Give, for each recipe and data, a table of the parts beside the runs of the whole, by their labels."""
     found = []
-    for recipe, data in sorted({(run["recipe"], run["data"]) for run in runs}):
-        labels = sorted({run["label"] for run in runs if (run["recipe"], run["data"]) == (recipe, data)})
-        parts = {label: group(runs, label)[recipe, data] for label in labels}
+    for recipe, data in sorted({(run["recipe"], run["data"]) for run in runs if run["label"].startswith(prefix)}):
+        mine = [run for run in runs if (run["recipe"], run["data"]) == (recipe, data)]
+        labels = sorted(
+            {run["label"] for run in mine if run["label"] == whole or run["label"].startswith(f"{prefix}-")}
+        )
+        parts = {label: group(mine, label)[recipe, data] for label in labels}
         rows = [
             [
-                "the whole" if label == SHORT else label.removeprefix(f"{SHORT}-"),
+                "the whole" if label == whole else label.removeprefix(f"{prefix}-"),
                 *(
                     cell
                     for key in ("test_accuracy", "validation_accuracy")
-                    for cell in (spread(part, key), difference(part, parts.get(SHORT, []), key))
+                    for cell in (spread(part, key), difference(part, parts.get(whole, []), key))
                 ),
             ]
             for label, part in parts.items()
