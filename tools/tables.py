@@ -256,7 +256,7 @@ def chart(runs: Runs) -> bytes | None:
     """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     from src.figures import BLUE, INK, ORANGE, STYLE
 
@@ -281,8 +281,8 @@ def chart(runs: Runs) -> bytes | None:
         axes.set_xscale("log")
         axes.set_xlabel("errors, of the test images")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.set_title("A dot a run, the mean accuracy beside them; orange: the tutorial, on its own data")
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_title("Dots: runs; at the right: mean accuracy; orange: the tutorial, on its own data")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.xaxis.set_minor_formatter(NullFormatter())
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
