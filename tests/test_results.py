@@ -469,6 +469,14 @@ def test_a_part_that_is_taken_from_the_full_length_is_compared_with_the_recipes_
     assert "## The same at full length" not in page(runs)
 
 
+def test_a_label_that_only_begins_like_a_part_is_none() -> None:
+    text = page(
+        [a_run("animals10", 0.85), a_run("animals10", 0.8, label="shorter"), a_run("mnist", 0.9, label="longer")]
+    )
+    assert "## What each part gives" not in text
+    assert "## The same at full length" not in text
+
+
 def test_where_the_noise_is_not_known_nothing_is_said_of_it() -> None:
     runs = [a_run("animals10", 0.8, label="short"), a_run("animals10", 0.7, label="short-no-flip")]
     assert row(page(runs), "no-flip")[2] == "−10.00, noise not known"
@@ -489,6 +497,14 @@ def test_the_chart_has_the_same_bytes_each_time_and_is_none_without_a_run() -> N
     assert chart(runs) == chart(runs)
     assert "date" not in str(chart(runs))
     assert chart([]) is None
+
+
+def test_the_chart_tells_the_mean_and_bears_a_run_without_an_error() -> None:
+    drawn = chart([a_run("animals10", 0.8), a_run("animals10", 0.83, 1), a_run("sample", 1.0)])
+    assert drawn is not None
+    for words in (b"81.50 %", b"100.00 %", b"animals10 on animals64"):
+        assert words in drawn
+    assert len(re.findall(rb'<use [^>]*style="fill: #0072b2', drawn)) == 3, "a dot a run"
 
 
 def test_a_path_is_reduced_to_its_name_wherever_it_is() -> None:

@@ -163,12 +163,11 @@ def class_table(recipes: Groups) -> str:
 def ablations(runs: Runs, whole: str, prefix: str) -> list[str]:
     """Give, for each recipe and data, a table of the parts beside the runs of the whole, by their labels."""
     found = []
-    for recipe, data in sorted({(run["recipe"], run["data"]) for run in runs if run["label"].startswith(prefix)}):
-        mine = [run for run in runs if (run["recipe"], run["data"]) == (recipe, data)]
-        labels = sorted(
-            {run["label"] for run in mine if run["label"] == whole or run["label"].startswith(f"{prefix}-")}
-        )
-        parts = {label: group(mine, label)[recipe, data] for label in labels}
+    parted = [run for run in runs if run["label"] == prefix or run["label"].startswith(f"{prefix}-")]
+    for recipe, data in sorted({(run["recipe"], run["data"]) for run in parted}):
+        labels = sorted({run["label"] for run in parted} | {whole})
+        groups = {label: group(runs, label).get((recipe, data), []) for label in labels}
+        parts = {label: part for label, part in groups.items() if part}
         rows = [
             [
                 "the whole" if label == whole else label.removeprefix(f"{prefix}-"),
@@ -184,7 +183,8 @@ def ablations(runs: Runs, whole: str, prefix: str) -> list[str]:
         these = [run for part in parts.values() for run in part]
         epochs, images = (different(f"{run[key]:,}" for run in these) for key in ("epochs", "train_images"))
         minutes = f"{min(run['minutes'] for run in these):.0f} to {max(run['minutes'] for run in these):.0f}"
-        size = f"{epochs} epochs of {images} training images, {minutes} minutes a run; {machine(these[0])}."
+        machines = different(machine(run) for run in these)
+        size = f"{epochs} epochs of {images} training images, {minutes} minutes a run; {machines}."
         found += [f"### {recipe} on {data}", size, table(heads, rows)]
     return found
 
