@@ -26,7 +26,7 @@ portable: $(VENV)/ready
 
 # Trains on all the shared real data sets, where they lie beside the repository, and tells what each reached and took.
 real: $(VENV)/ready
-	FULL=1 pytest --capture=no tests/test_real_data.py
+	FULL=1 pytest --capture=no tests/test_real_data.py tests/test_backbones.py::test_real_weights_tell_cats_from_dogs
 
 lint: $(VENV)/ready
 	ruff check .
