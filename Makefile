@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro verify test torture portable real lint
+.PHONY: repro verify test torture portable real bench lint
 
 repro: $(VENV)/ready
 	dvc repro
@@ -28,10 +28,14 @@ portable: $(VENV)/ready
 real: $(VENV)/ready
 	FULL=1 pytest --capture=no tests/test_real_data.py tests/test_backbones.py::test_real_weights_tell_cats_from_dogs
 
+# Measures everything beside the tutorial's loop and the machine's limits: benchmarks/results.json, docs/performance.md.
+bench: $(VENV)/ready
+	python -m benchmarks.bench
+
 lint: $(VENV)/ready
 	ruff check .
 	ruff format --check .
-	mypy src stages tools
+	mypy src stages tools benchmarks
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -5,20 +5,22 @@ folder above it is an official split), and the idx files of MNIST and its kin (h
 """
 
 import gzip
-import lzma
 import re
 import shutil
 import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NamedTuple
 
 from src.runtime import PipelineError
+from src.zipped import Entry, entries, read, unpack
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .tif .tiff .webp .avif .ppm .pgm .pbm .pnm .tga .jp2".split()
@@ -36,51 +38,88 @@ MAX_UNPACKED = 2**40
 _TRUST = "get the archive from a source that you trust"
 
 # What reading damaged bytes raises; a name that is no UTF-8 is a ValueError.
-_DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError)
+_DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
 _IDX = re.compile(r"^(?P<stem>.*)(?P<kind>images|labels)(?P<tail>[-.]idx[13]-ubyte(\.gz)?)$", re.IGNORECASE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image: where it lies, its class (at first its folder), and its official split ('' where there is none)."""
+class Item(NamedTuple):
+    """One image: where it lies, its class (at first its folder), and its official split ('' where there is none).
+
+    entry: the file of the archive that holds it; row: its place there, where that is an idx file.
+    """
 
     path: str
     label: str
     official: str
-    member: str
+    entry: Entry
     row: int | None = None
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What an archive holds: its images in its own order, the files that are no images, and folders without files."""
+class Idx:
+    """A pair of idx files: that of the images, and the label of each."""
 
-    items: list[Item]
+    images: Entry
+    labels: bytes
+    official: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What an archive holds: pairs of idx files, files that are no images, and folders without files.
+
+    Iterated over, it tells its images, in the archive's own order, anew each time: they are never held.
+    """
+
+    path: Path
+    idx: list[Idx]
     others: list[str]
     empty: list[str]
+
+    def __iter__(self) -> Iterator[Item]:
+        for pair in self.idx:
+            name = pair.images.name
+            for row, label in enumerate(pair.labels):
+                yield Item(f"{name}#{row}", str(label), pair.official, pair.images, row)
+        for entry in _visible(self.path):
+            if _kind(entry.name) == "image":
+                yield _folder_item(entry)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of a listing that are used: their number, and what their folders are called (None: left out)."""
+
+    listing: Listing
+    include: str
+    labels: Mapping[str, str | None]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.listing:
+            if fnmatchcase(item.path, self.include) and (label := self.labels[item.label]) is not None:
+                yield item._replace(label=label)
 
 
 def check(path: Path) -> None:
     """Read the whole archive once and raise PipelineError unless it is a sound, safe, unencrypted zip."""
-    with _open(path) as archive:
-        members = archive.infolist()
-        unpacked = sum(member.file_size for member in members)
-        if unpacked > MAX_UNPACKED:
-            raise PipelineError(
-                f"{path} would unpack to {unpacked:,} bytes, expected at most {MAX_UNPACKED:,}: a zip bomb? {_TRUST}"
-            )
-        for member in members:
-            _check_member(path, member)
-        for member in members:
+    if (unpacked := sum(entry.size for entry in _entries(path))) > MAX_UNPACKED:
+        raise PipelineError(
+            f"{path} would unpack to {unpacked:,} bytes, expected at most {MAX_UNPACKED:,}: a zip bomb? {_TRUST}"
+        )
+    for entry in _entries(path):
+        _check_entry(path, entry)
+    with path.open("rb") as file:
+        for entry in _entries(path):
             try:
-                with archive.open(member) as stream:
-                    while stream.read(2**20):
-                        pass
+                for _ in unpack(file, entry):
+                    pass
             except (*_DAMAGE, OSError) as error:
-                raise PipelineError(
-                    f"{path} is damaged at {member.filename!r} ({error}); get the archive again"
-                ) from None
+                raise PipelineError(f"{path} is damaged at {entry.name!r} ({error}); get the archive again") from None
 
 
 def list_items(path: Path) -> Listing:
@@ -88,30 +127,34 @@ def list_items(path: Path) -> Listing:
 
     Raises PipelineError where idx files do not fit together.
     """
-    with _open(path) as archive:
-        names = [member.filename for member in archive.infolist() if not _hidden(member.filename)]
-        files = [name for name in names if not name.endswith("/")]
-        idx = _idx_items(archive, [name for name in files if _IDX.match(name)])
-    files = [name for name in files if not _IDX.match(name)]
-    folders = [_folder_item(name) for name in files if _is_image(name)]
-    filled = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    return Listing(
-        items=idx + folders,
-        others=[name for name in files if not _is_image(name)],
-        empty=[name for name in names if name.endswith("/") and name.rstrip("/") not in filled],
-    )
+    found: dict[str, list[Entry]] = {"folder": [], "idx": [], "other": []}
+    filled = set()
+    for entry in _visible(path):
+        above = entry.name.rstrip("/").rpartition("/")[0]
+        while above and above not in filled:
+            filled.add(above)
+            above = above.rpartition("/")[0]
+        if (kind := _kind(entry.name)) in found:
+            found[kind].append(entry)
+    folders, others = ([entry.name for entry in found[kind]] for kind in ("folder", "other"))
+    empty = [name for name in folders if name.rstrip("/") not in filled]
+    return Listing(path, _pair(path, found["idx"]), others, empty)
 
 
-def select(listing: Listing, *, include: str, classes: Mapping[str, str | None]) -> list[Item]:
+def select(listing: Listing, *, include: str, classes: Mapping[str, str | None]) -> Selection:
     """Keep the items whose path matches the pattern `include`, and rename their folders to classes or leave them out.
 
     Raises PipelineError where nothing is kept, a named folder does not exist, or a kept one is empty.
     """
     classes = {unicodedata.normalize("NFC", folder): name for folder, name in classes.items()}
-    items = [item for item in listing.items if fnmatchcase(item.path, include)]
-    folders = sorted({item.label for item in items})
-    if not items:
-        raise PipelineError(f"no image of the archive matches prepare.include {include!r}, of {len(listing.items):,}")
+    counts: Counter[str] = Counter()
+    for item in listing:
+        if fnmatchcase(item.path, include):
+            counts[item.label] += 1
+    folders = sorted(counts)
+    if not folders:
+        count = sum(1 for _ in listing)
+        raise PipelineError(f"no image of the archive matches prepare.include {include!r}, of {count:,}")
     empty = [name for name in listing.empty if fnmatchcase(name, include)]
     names = {name: name.rstrip("/").rpartition("/")[2] for name in empty}
     if unknown := sorted(classes.keys() - set(folders) - set(names.values())):
@@ -127,23 +170,23 @@ def select(listing: Listing, *, include: str, classes: Mapping[str, str | None])
         raise PipelineError(
             f"the archive has {len(kept_labels)} class ({_some(folders)}), expected at least 2 to tell apart"
         )
-    return [replace(item, label=label) for item in items if (label := labels[item.label]) is not None]
+    return Selection(
+        listing, include, labels, sum(count for folder, count in counts.items() if labels[folder] is not None)
+    )
 
 
 class Reader:
     """The bytes of an archive's images. Each process opens its own; idx files are streamed, never held whole."""
 
     def __init__(self, path: Path) -> None:
-        self._archive = _open(path)
-        self._idx: dict[str, tuple[IO[bytes], int, int]] = {}
+        self._file = path.open("rb")
+        self._idx: dict[Entry, _Rows] = {}
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stream, _rows, _columns in self._idx.values():
-            stream.close()
-        self._archive.close()
+        self._file.close()
 
     def read(self, item: Item) -> bytes:
         """Return one image as an encoded file; an image of an idx file becomes a PGM.
@@ -152,23 +195,34 @@ class Reader:
         """
         try:
             if item.row is None:
-                return self._archive.read(item.member)
-            return self._read_row(item.member, item.row)
+                return read(self._file, item.entry)
+            return self._read_row(item.entry, item.row)
         except _DAMAGE as error:
             raise ValueError(f"damaged in the archive: {error}") from None
 
-    def _read_row(self, member: str, row: int) -> bytes:
-        if member not in self._idx:
-            stream = _open_member(self._archive, member)
-            _count, rows, columns = _idx_header(stream, member, 3)
-            self._idx[member] = (stream, rows, columns)
-        stream, rows, columns = self._idx[member]
-        # Rows are asked for in rising order, so that a seek only reads on and no stream is unpacked twice.
-        stream.seek(16 + row * rows * columns)
-        pixels = stream.read(rows * columns)
+    def _read_row(self, entry: Entry, row: int) -> bytes:
+        # Rows are asked for in rising order, so that the file is unpacked once.
+        if entry not in self._idx or row < self._idx[entry].next:
+            self._idx[entry] = _Rows(self._file, entry)
+        return self._idx[entry].read(row)
+
+
+class _Rows:
+    """An idx file of images that is unpacked as far as the row that is asked for."""
+
+    def __init__(self, file: IO[bytes], entry: Entry) -> None:
+        self._stream, self._name, self.next = _unpacked(file, entry), entry.name, 0
+        _, self._rows, self._columns = _idx_header(self._stream, entry.name, 3)
+
+    def read(self, row: int) -> bytes:
+        """Give one image as a PGM."""
+        rows, columns = self._rows, self._columns
+        while self.next <= row:
+            pixels = self._stream.read(rows * columns)
+            self.next += 1
         if len(pixels) != rows * columns:
             raise ValueError("the idx file ends in the middle of the image")
-        if "emnist" in member.lower():  # EMNIST's files hold each image transposed (Cohen et al. 2017, the data's page)
+        if "emnist" in self._name.lower():  # EMNIST's images lie transposed (Cohen et al. 2017, the data's page)
             pixels = bytes(pixels[column * rows + line] for line in range(columns) for column in range(rows))
             rows, columns = columns, rows
         return b"P5 %d %d 255\n" % (columns, rows) + pixels
@@ -191,9 +245,9 @@ def write(path: Path, files: Iterable[tuple[str, Path | bytes]]) -> None:
                     shutil.copyfileobj(source, target, 2**20)
 
 
-def _open(path: Path) -> zipfile.ZipFile:
+def _entries(path: Path) -> Iterator[Entry]:
     try:
-        return zipfile.ZipFile(path)
+        yield from entries(path)
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing; `dvc repro` makes it") from None
     except _DAMAGE as error:
@@ -203,18 +257,17 @@ def _open(path: Path) -> zipfile.ZipFile:
         raise PipelineError(f"{path} is {found}, expected a zip archive; get it again") from None
 
 
-def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
-    # zipfile cuts a name at a NUL and turns the backslashes of Windows; the name as stored is what is judged.
-    name = member.orig_filename
+def _check_entry(path: Path, entry: Entry) -> None:
+    name = entry.name
     parts = re.split(r"[/\\]", name)
     if ".." in parts or name.startswith(("/", "\\")) or re.match(r"^[A-Za-z]:", name) or "\0" in name:
         raise PipelineError(f"{path} holds the unsafe name {name!r}, expected names that stay inside the archive")
-    if member.flag_bits & 0x1:
+    if entry.flags & 0x1:
         raise PipelineError(f"{path} is encrypted (at {name!r}); unlock it and use download.source: folder")
-    if member.file_size > RATIO_MATTERS_FROM and member.file_size > MAX_RATIO * member.compress_size:
+    if entry.size > RATIO_MATTERS_FROM and entry.size > MAX_RATIO * entry.packed:
         raise PipelineError(
-            f"{path} holds {name!r}, {member.compress_size:,} bytes that unpack to {member.file_size:,}, expected at "
-            f"most {MAX_RATIO} to 1: a zip bomb? {_TRUST}"
+            f"{path} holds {name!r}, {entry.packed:,} bytes that unpack to {entry.size:,}, expected at most "
+            f"{MAX_RATIO} to 1: a zip bomb? {_TRUST}"
         )
 
 
@@ -223,19 +276,35 @@ def _some(names: list[str]) -> str:
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part in ("__MACOSX", "Icon\r") for part in name.split("/"))
+    parts = f"/{name}/"
+    return "/." in parts or "/__MACOSX/" in parts or "/Icon\r/" in parts
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES or (path.suffix == "" and len(path.parts) > 1)
+def _kind(name: str) -> str:
+    """Tell a folder, an image, an idx file and any other file by their names."""
+    if name.endswith("/"):
+        return "folder"
+    folder, _, file = name.rpartition("/")
+    stem, _, suffix = file.rpartition(".")
+    if stem and f".{suffix.lower()}" in IMAGE_SUFFIXES:
+        return "image"
+    if _IDX.match(name):
+        return "idx"
+    return "other" if not folder or (stem and suffix) else "image"
 
 
-def _folder_item(name: str) -> Item:
-    path = name.replace("\r", "\\r")  # pandas writes a lone \r as it is, and takes it for a row's end on reading
-    *above, folder = PurePosixPath(path).parts[:-1] or ("",)
+def _folder_item(entry: Entry) -> Item:
+    path = entry.name.replace("\r", "\\r")  # pandas writes a lone \r as it is, and takes it for a row's end on reading
+    label, official = _read_folders(path.rpartition("/")[0])
+    return Item(path, label, official, entry)
+
+
+@lru_cache(1024)
+def _read_folders(folders: str) -> tuple[str, str]:
+    """Give the class that the folders above a file name, and the official split."""
+    *above, label = folders.split("/")
     official = next((found for part in reversed(above) if (found := _official(part))), "")
-    return Item(path=path, label=unicodedata.normalize("NFC", folder), official=official, member=name)
+    return unicodedata.normalize("NFC", label), official
 
 
 def _official(folder: str) -> str:
@@ -244,28 +313,24 @@ def _official(folder: str) -> str:
     return next((OFFICIAL[word] for word in words if word in OFFICIAL), "")
 
 
-def _idx_items(archive: zipfile.ZipFile, names: list[str]) -> list[Item]:
+def _pair(path: Path, files: list[Entry]) -> list[Idx]:
     """Pair each images file with its labels file; a copy of the same file (the same CRC) counts once."""
-    items: list[Item] = []
-    seen: set[tuple[int, int]] = set()
-    labels = {_idx_key(name): name for name in names if "labels" in PurePosixPath(name).name.lower()}
-    for name in names:
-        if name in labels.values() or _idx_key(name) not in labels:
+    pairs: dict[tuple[int, int], Idx] = {}
+    labels = {_idx_key(entry.name): entry for entry in files if "labels" in PurePosixPath(entry.name).name.lower()}
+    for images in files:
+        if images in labels.values() or _idx_key(images.name) not in labels or (images.crc, images.size) in pairs:
             continue
-        member = archive.getinfo(name)
-        if (member.CRC, member.file_size) in seen:
-            continue
-        seen.add((member.CRC, member.file_size))
-        with _open_member(archive, name) as stream:
-            count = _idx_header(stream, name, 3)[0]
-        with _open_member(archive, labels[_idx_key(name)]) as stream:
-            expected = _idx_header(stream, labels[_idx_key(name)], 1)[0]
-            classes = _read_labels(stream, labels[_idx_key(name)], expected)
+        named = labels[_idx_key(images.name)]
+        with path.open("rb") as file:
+            count = _idx_header(_unpacked(file, images), images.name, 3)[0]
+            stream = _unpacked(file, named)
+            expected = _idx_header(stream, named.name, 1)[0]
+            classes = _read_labels(stream, named.name, expected)
         if not count == expected == len(classes):
-            raise PipelineError(f"{name} has {count:,} images and its labels file {len(classes):,} labels")
-        official = _official(PurePosixPath(name).name)
-        items += [Item(f"{name}#{row}", str(label), official, name, row) for row, label in enumerate(classes)]
-    return items
+            raise PipelineError(f"{images.name} has {count:,} images and its labels file {len(classes):,} labels")
+        official = _official(PurePosixPath(images.name).name)
+        pairs[images.crc, images.size] = Idx(images, classes, official)
+    return list(pairs.values())
 
 
 def _read_labels(stream: IO[bytes], name: str, count: int) -> bytes:
@@ -286,9 +351,14 @@ def _idx_key(name: str) -> str:
     return f"{folder}/{found['stem'].rpartition('/')[2]}".lower()
 
 
-def _open_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    stream = archive.open(name)
-    return gzip.GzipFile(fileobj=stream) if name.lower().endswith(".gz") else stream  # type: ignore[return-value]
+def _unpacked(file: IO[bytes], entry: Entry) -> IO[bytes]:
+    stream = unpack(file, entry)
+    return gzip.GzipFile(fileobj=stream) if entry.name.lower().endswith(".gz") else stream  # type: ignore[return-value]
+
+
+def _visible(path: Path) -> Iterator[Entry]:
+    """Yield the entries that no system hides."""
+    return (entry for entry in _entries(path) if not _hidden(entry.name))
 
 
 def _idx_header(stream: IO[bytes], name: str, dimensions: int) -> tuple[int, ...]:

@@ -23,16 +23,15 @@ def predict(network: nn.Module, table: Table, *, batch: int, flip: bool = False)
 
     With `flip`, they are the mean of those of the image and of its mirror image.
     """
-    network = network.to(table.images.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = network.to(table.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     found = []
     with torch.inference_mode(), tqdm(total=len(table), desc="evaluate", unit=" images", disable=None) as bar:
-        for picks in torch.arange(len(table), device=table.rows.device).split(batch):
+        for images, _ in table.parts(batch):
             # Softmax on the CPU in double precision, which Apple's devices do not have.
-            images = table.take(picks)[0]
             views = [images, images.flip(2)] if flip else [images]
             shares = [network(view).float().cpu().double().softmax(1) for view in views]
             found.append((sum(shares[1:], shares[0]) / len(shares)).numpy())
-            bar.update(len(picks))
+            bar.update(len(images))
     return np.concatenate(found)
 
 

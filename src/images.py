@@ -13,25 +13,26 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice, pairwise
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from src.archive import Item, Reader
+from src.archive import Item, Reader, Selection
 from src.runtime import PipelineError
 
 Pixels = NDArray[np.uint8]
-Shape = tuple[int, int, int]
+Extent = tuple[float, float]
+"""Width and height, in pixels and parts of them."""
 
 MAX_PIXELS = 2**27
 """Larger images are rejected before they are decoded: 134 million pixels are 400 MB of RGB."""
@@ -52,15 +53,17 @@ _TURNS = {
 _CHUNK = 64
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """One image of the archive: its pixels and hashes, or the reason why it has none."""
+class Prepared(NamedTuple):
+    """One image of the archive: the hashes of its bytes and of its picture, or the reason why it cannot be used."""
 
     item: Item
-    pixels: Pixels | None = None
     sha256: str = ""
     picture: str = ""
     reason: str = ""
+
+
+Outcome = tuple[str, str, str]
+"""What a process sends back of an image: all that is Prepared but the item, which is there already."""
 
 
 def decode(data: bytes, *, size: int, channels: int) -> Pixels:
@@ -71,7 +74,10 @@ def decode(data: bytes, *, size: int, channels: int) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; neither changes the pixels
-            return np.asarray(_square(_convert(_upright(_open(data)), channels), size)).reshape(size, size, channels)
+            image, extent = _open(data, size)
+            upright = _convert(_upright(image), channels)
+            extent = extent if upright.size == image.size else extent[::-1]
+            return np.asarray(_square(upright, size, extent)).reshape(size, size, channels)
     except UnidentifiedImageError:
         raise ValueError("no image in a known format") from None
     except (Image.DecompressionBombError, ValueError, OSError) as error:
@@ -82,73 +88,84 @@ def decode(data: bytes, *, size: int, channels: int) -> Pixels:
         raise ValueError(f"damaged: {type(error).__name__} while decoding") from None
 
 
-def picture_hash(pixels: Pixels) -> str:
-    """Hash what an image shows, as 16 hexadecimal digits that survive recompression and resizing.
+def picture_hashes(pixels: Pixels) -> list[str]:
+    """Hash what each image shows, as 16 hexadecimal digits that survive recompression and resizing.
 
-    The signs of the 8x8 lowest frequencies of the 32x32 gray image against their median (pHash, Zauner 2010). The
-    cosines are integers, so that every machine gets the same bits. pixels: (S, S, C) uint8.
+    The signs of the 8x8 lowest frequencies of the gray image against their median (pHash, Zauner 2010), here of all
+    pixels instead of a thumbnail. pixels: (N, S, S, C) uint8.
     """
-    gray = Image.fromarray(pixels[..., 0]) if pixels.shape[-1] == 1 else Image.fromarray(pixels).convert("L")
-    thumbnail = np.asarray(gray.resize((32, 32), Image.Resampling.BILINEAR), dtype=np.int64)
-    frequencies = (_cosines() @ thumbnail @ _cosines().T).ravel()
-    bits = frequencies[1:] > np.median(frequencies[1:])  # the first is the mean brightness
-    return np.packbits(np.concatenate([[False], bits])).tobytes().hex()
+    some = max(1, 2**20 // pixels[0].size)  # few large images at once, since each takes four times its memory
+    frequencies = np.concatenate([_frequencies(pixels[at : at + some]) for at in range(0, len(pixels), some)])
+    bits = frequencies > np.median(frequencies[:, 1:], axis=1, keepdims=True)
+    bits[:, 0] = False  # the mean brightness
+    return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
 
 
 def prepare(
-    archive: Path, items: Sequence[Item], *, size: int, channels: int, workers: int | None = None
+    archive: Path,
+    items: Selection,
+    images: Path,
+    index: Path,
+    *,
+    size: int,
+    channels: int,
+    workers: int | None = None,
 ) -> Iterator[Prepared]:
-    """Decode the items of an archive in all cores and yield them in their order, whatever the number of workers.
+    """Decode the items of an archive in all cores, and yield what became of each, in their order.
 
-    Only a few chunks of images are held at a time, so memory does not grow with the number of images.
+    Writes images, .npy, uint8 (N, size, size, channels), and index, .csv with a row for each of the N images: path,
+    label, official, sha256, picture. They are whole when all is yielded, and the same bytes for any number of workers.
+    A few chunks of images are held at a time, so memory does not grow with the number of images. Raises PipelineError
+    where a class has lost all its images.
     """
-    workers = workers or _cores()
+    row = size * size * channels
+    broken: list[int] = []
+    sound: set[str] = set()
+    failed: dict[str, Prepared] = {}
+    with images.open("w+b") as table, index.open("w", newline="", encoding="utf-8") as rows:
+        _write_header(table, (len(items), size, size, channels))
+        begin = table.tell()
+        table.truncate(begin + len(items) * row)
+        writer = csv.writer(rows, lineterminator="\n")
+        writer.writerow(["path", "label", "official", "sha256", "picture"])
+        work = partial(_prepare_chunk, archive, images, begin, size, channels)
+        for number, image in enumerate(_in_all_cores(work, items, workers or cores())):
+            if image.reason:
+                broken.append(number)
+                failed.setdefault(image.item.label, image)
+            else:
+                sound.add(image.item.label)
+                writer.writerow([image.item.path, image.item.label, image.item.official, image.sha256, image.picture])
+            yield image
+        _close_gaps(table, begin, row, broken, len(items))
+        _write_header(table, (len(items) - len(broken), size, size, channels))
+    if lost := sorted(failed.keys() - sound - {""}):
+        raise PipelineError(f"no image of class {lost[0]!r} can be read, the first is {_tell(failed[lost[0]])}")
+
+
+def _in_all_cores(
+    work: Callable[[int, list[Item]], list[Outcome]], items: Iterable[Item], workers: int
+) -> Iterator[Prepared]:
+    """Run chunks of items through other processes, some ahead, and yield the results in their order."""
     context = get_context("spawn")  # a fork would copy the progress bar's thread, which Python 3.12 warns of
-    work = partial(_prepare_chunk, archive, size, channels)
-    chunks = (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        waiting: deque[Future[list[Prepared]]] = deque()
+        waiting: deque[tuple[list[Item], Future[list[Outcome]]]] = deque()
         try:
-            for chunk in chunks:
+            for number, chunk in enumerate(_chunks(items)):
                 with _interrupts_held():
-                    waiting.append(pool.submit(work, chunk))
+                    waiting.append((chunk, pool.submit(work, number * _CHUNK, chunk)))
                 if len(waiting) > 2 * workers:
-                    yield from waiting.popleft().result()
+                    yield from _gather(*waiting.popleft())
             while waiting:
-                yield from waiting.popleft().result()
+                yield from _gather(*waiting.popleft())
         except BrokenProcessPool:
             raise PipelineError("a decoding process was killed, most likely for want of memory; free some") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def save(
-    prepared: Iterable[Prepared], items: Sequence[Item], images: Path, index: Path, shape: Shape
-) -> list[Prepared]:
-    """Write what `prepare` yields, image by image, and return the rejected ones.
-
-    images: .npy, uint8 (N, size, size, channels), shape = (size, size, channels); index: .csv with a row for each of
-    the N images: path, label, official, sha256, picture. Raises PipelineError where a class has lost all its images.
-    """
-    rejected: list[Prepared] = []
-    labels: set[str] = set()
-    with images.open("wb") as table, index.open("w", newline="", encoding="utf-8") as rows:
-        writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["path", "label", "official", "sha256", "picture"])
-        _write_header(table, (len(items), *shape))
-        for image in prepared:
-            if image.pixels is None:
-                rejected.append(image)
-                continue
-            labels.add(image.item.label)
-            table.write(image.pixels.tobytes())
-            writer.writerow([image.item.path, image.item.label, image.item.official, image.sha256, image.picture])
-        table.seek(0)
-        _write_header(table, (len(items) - len(rejected), *shape))
-    if lost := sorted({item.label for item in items if item.label} - labels):
-        reason = next(image for image in rejected if image.item.label == lost[0])
-        raise PipelineError(f"no image of class {lost[0]!r} can be read, the first is {_tell(reason)}")
-    return rejected
+def _gather(items: list[Item], work: Future[list[Outcome]]) -> Iterator[Prepared]:
+    return (Prepared(item, *outcome) for item, outcome in zip(items, work.result(), strict=True))
 
 
 def check_rejected(rejected: Sequence[Prepared], count: int, max_rejected: float) -> None:
@@ -165,19 +182,44 @@ def _tell(image: Prepared) -> str:
     return f"{image.item.path!r}: {image.reason}"
 
 
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    left = iter(items)
+    while chunk := list(islice(left, _CHUNK)):
+        yield chunk
+
+
+def _close_gaps(table: BinaryIO, begin: int, row: int, broken: Sequence[int], count: int) -> None:
+    """Move each row to where it belongs when the broken ones are gone, and cut off what is left over."""
+    target = begin + row * min(broken, default=count)
+    for gap, following in pairwise([*broken, count]):
+        for source in range(begin + row * (gap + 1), begin + row * following, row):
+            table.seek(source)
+            content = table.read(row)
+            table.seek(target)
+            table.write(content)
+            target += row
+    table.truncate(target)
+
+
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     """Write a .npy header, whose length numpy keeps the same for every number of rows."""
+    file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, size: int) -> tuple[Image.Image, Extent]:
+    """Decode an image, a JPEG at the smallest scale that leaves both sides at least `size` long, and give its extent.
+
+    A side of 225 pixels at half the scale is 113 pixels, of which the last one is half covered: 112.5.
+    """
     if not data:
         raise ValueError("the file is empty")
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    drafted = image.draft(None, (size, size)) if image.format == "JPEG" else None
     image.load()
-    return image
+    return image, drafted[1][2:] if drafted else image.size
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -211,12 +253,12 @@ def _sixteen_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def _square(image: Image.Image, size: int, extent: Extent) -> Image.Image:
     """Resize the short side to `size` and crop the centre, in one pass over the pixels that are kept.
 
     The sizes and offsets are those of torchvision's Resize and CenterCrop.
     """
-    width, height = image.size
+    width, height = extent
     short = min(width, height)
     wide, high = (int(size * side / short) for side in (width, height))
     left, top = (round((side - size) / 2) for side in (wide, high))
@@ -225,12 +267,25 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
+def _frequencies(pixels: Pixels) -> NDArray[np.float64]:
+    """Give the 64 lowest frequencies of images, (N, S, S, C) -> (N, 64), as the same bits on every machine.
+
+    The cosines are whole, and so small that all sums are below 2^24 downwards and below 2^53 across: none is rounded.
+    """
+    count, size, _, channels = pixels.shape
+    down, across = _cosines(size, channels)
+    rows: NDArray[np.float64] = (down @ pixels.reshape(count, size, -1).astype(np.float32)).astype(np.float64)
+    return (rows @ across).reshape(count, 64)
+
+
 @cache
-def _cosines() -> NDArray[np.int64]:
-    """Give the 8 lowest rows of the 32-point DCT-II, as integers."""
-    frequency, position = np.arange(8)[:, None], np.arange(32)[None]
-    cosines: NDArray[np.int64] = np.rint(4096 * np.cos(np.pi * frequency * (2 * position + 1) / 64)).astype(np.int64)
-    return cosines
+def _cosines(size: int, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Give the 8 lowest rows of the DCT-II of `size` points, and the same where channels lie side by side."""
+    frequency, position = np.arange(8)[:, None], np.arange(size)[None]
+    cosines = np.rint(2**16 // size * np.cos(np.pi * frequency * (2 * position + 1) / (2 * size)))
+    # But for the first, each sums to none, so that a blank image has no other frequency than its mean.
+    cosines[1:, size // 2] -= cosines[1:].sum(1)
+    return cosines.astype(np.float32), np.repeat(cosines, channels, axis=1).T.copy()
 
 
 @contextmanager
@@ -270,21 +325,37 @@ def _reader(archive: Path) -> Reader:
     return Reader(archive)
 
 
-def _prepare_chunk(archive: Path, size: int, channels: int, items: Sequence[Item]) -> list[Prepared]:
-    return [_prepare_item(_reader(archive), item, size, channels) for item in items]
+@cache
+def _table(images: Path) -> BinaryIO:
+    return images.open("r+b")
 
 
-def _prepare_item(reader: Reader, item: Item, size: int, channels: int) -> Prepared:
+def _prepare_chunk(
+    archive: Path, images: Path, begin: int, size: int, channels: int, first: int, items: Sequence[Item]
+) -> list[Outcome]:
+    """Decode some images into their rows of the table, from row `first` on."""
+    pixels = np.zeros((len(items), size, size, channels), np.uint8)
+    found = [_prepare_item(_reader(archive), item, image) for item, image in zip(items, pixels, strict=True)]
+    table = _table(images)
+    table.seek(begin + first * pixels[0].nbytes)
+    table.write(pixels.data)
+    table.flush()
+    hashes = picture_hashes(pixels)
+    return [("", "", why) if why else (digest, hashes[number], "") for number, (digest, why) in enumerate(found)]
+
+
+def _prepare_item(reader: Reader, item: Item, pixels: Pixels) -> tuple[str, str]:
+    """Decode one image, and give the hash of its bytes, or the reason why it cannot be used."""
     try:
         if not item.label:
             raise ValueError("lies in no class folder")
         data = reader.read(item)
-        pixels = decode(data, size=size, channels=channels)
+        pixels[...] = decode(data, size=len(pixels), channels=pixels.shape[2])
     except ValueError as error:
-        return Prepared(item, reason=str(error))
-    return Prepared(item, pixels, hashlib.sha256(data).hexdigest(), picture_hash(pixels))
+        return "", str(error)
+    return hashlib.sha256(data).hexdigest(), ""
 
 
-def _cores() -> int:
+def cores() -> int:
     """Count the cores that this process may use, which a container or a batch system can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -305,7 +305,7 @@ def _folder(params: Download, target: Path) -> dict[str, object]:
 
         # disable=None: no bar where stderr is no terminal.
         archive.write(target, ((name, path or b"") for name, path in tqdm(inner, "pack", unit="file", disable=None)))
-    if not archive.list_items(target).items:
+    if not any(archive.list_items(target)):
         raise PipelineError(f"{zips[0] if zips else place} holds no images; {_WANTED}")
     if _signature(place) != before:  # DVC would take the hash of what lies there now (see src/provenance.py)
         raise PipelineError(f"{place} changed during the run; nothing was recorded; run the same command again")

@@ -215,10 +215,10 @@ class Trainer:
             self.fabric.autocast(),
             tqdm(total=len(table), desc="embed", unit=" images", disable=None) as bar,
         ):
-            for picks in torch.arange(len(table), device=table.rows.device).split(self.params.batch):
-                found.append(self.network.embed(table.take(picks)[0]).float())
-                bar.update(len(picks))
-        return Table(torch.cat(found), torch.arange(len(table), device=table.rows.device), table.labels, table.classes)
+            for images, _ in table.parts(self.params.batch):
+                found.append(self.network.embed(images).float())
+                bar.update(len(images))
+        return Table(torch.cat(found), torch.arange(len(table), device=table.device), table.labels, table.classes)
 
     def _train_epoch(
         self, table: Table, progress: Progress, bar: "tqdm[NoReturn]"
@@ -324,8 +324,7 @@ def evaluate(model: nn.Module, table: Table, batch: int) -> tuple[float, float]:
     model.eval()
     sums = torch.zeros(2, device=table.labels.device)
     with torch.inference_mode():
-        for picks in torch.arange(len(table), device=table.rows.device).split(batch):
-            images, labels = table.take(picks)
+        for images, labels in table.parts(batch):
             logits = model(images).float()
             right = (logits.argmax(1) == labels).sum()
             sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), right])

@@ -15,7 +15,7 @@ def main() -> None:
     params = load_params().evaluate
     settle(load_params().train)
     network, card = load(paths.MODEL)
-    data = read_dataset()
+    data = read_dataset("path")
     if data.classes != card.classes:
         raise PipelineError(f"{paths.MODEL} was trained on other classes than {paths.SPLIT} has; run `dvc repro`")
     if (data.size, data.channels) != (card.size, card.channels):

@@ -20,10 +20,9 @@ def main() -> None:
         )
 
     with whole(paths.IMAGES, paths.INDEX, paths.REJECTED) as (table, index, rejected_list):
-        prepared = images.prepare(paths.RAW, items, size=params.size, channels=params.channels)
+        prepared = images.prepare(paths.RAW, items, table, index, size=params.size, channels=params.channels)
         bar = tqdm(prepared, "prepare", len(items), unit=" images", disable=None)
-        shape = (params.size, params.size, params.channels)
-        rejected = images.save(bar, items, table, index, shape)
+        rejected = [image for image in bar if image.reason]
         images.check_rejected(rejected, len(items), params.max_rejected)
         with rejected_list.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")

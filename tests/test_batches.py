@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from src import paths
 from src.batches import (
+    Dataset,
     Draw,
     Table,
     augment,
@@ -608,6 +610,39 @@ def test_a_table_holds_the_images_and_labels_of_its_split_alone() -> None:
         assert [data.classes[code] for code in labels] == mine["label"].tolist()
         assert table.classes == len(data.classes) == 10
         assert np.array_equal(images.numpy(), np.load(paths.IMAGES)[mine.index])
+
+
+@pytest.mark.usefixtures("home")
+def test_a_table_in_the_memory_of_a_device_gives_what_the_file_gives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, params = read_dataset(), train_params(batch=64, augment=augmented_by(**ALL))
+    streamed = data.table("train", CPU)
+    monkeypatch.setattr("src.batches.free_memory", lambda _: 2 * int(data.images.nbytes))
+    kept = data.table("train", CPU)
+    assert (len(streamed.images), len(kept.images)) == (len(data.images), len(kept))
+    for one, other in zip(batches(streamed, params, 1), batches(kept, params, 1), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert capsys.readouterr().err == ""  # only a GPU has a choice that needs a word
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is resident of a file")
+def test_the_pages_of_a_large_file_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "large.npy"
+    np.save(file, np.zeros((1_000, 64, 64, 3), np.uint8))
+
+    def resident(large: int) -> int:
+        """The kB of the file that are resident when all of its images were taken."""
+        monkeypatch.setattr("src.batches._LARGE", large)
+        images = np.load(file, mmap_mode="c")
+        places = pd.DataFrame({"label": ["a", "b"] * 500, "split": ["train"] * 1_000})
+        for _ in Dataset(images, places, ["a", "b"]).table("train", CPU).parts(100):
+            pass
+        mapped = Path("/proc/self/smaps").read_text().split(f"{file}\n")[1]
+        return int(mapped.split("Rss:")[1].split()[0])
+
+    assert resident(2**30) > 10_000
+    assert resident(2**20) == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -32,7 +32,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty real digits as class folders of PNG files."""
     sample = tmp_path_factory.mktemp("sample")
     assert run(sample, "sample").returncode == 0
-    items = archive.list_items(sample / "data/raw.zip").items
+    items = list(archive.list_items(sample / "data/raw.zip"))
     with archive.Reader(sample / "data/raw.zip") as reader:
         for number, item in enumerate(items[::125]):
             path = sample / "digits" / item.label / f"{number}.png"
@@ -137,7 +137,7 @@ def test_the_sample_is_five_thousand_digits_and_the_same_bytes_each_time(tmp_pat
     assert record == json.loads((tmp_path / "two/data/raw.json").read_text())
     assert record["sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
     assert record["licence"].startswith("BSD-3-Clause")
-    items = archive.list_items(raw).items
+    items = list(archive.list_items(raw))
     assert Counter(item.label for item in items) == {str(digit): 500 for digit in range(10)}
     assert {item.official for item in items} == {""}
 
@@ -447,7 +447,7 @@ def test_links_are_followed_and_a_loop_is_one_sentence(home: Path, digits: Path)
     done = run(home, "folder")
     assert done.returncode == 0
     assert "data/inbox/one is a link" in done.stderr  # DVC does not see behind it
-    labels = Counter(item.label for item in archive.list_items(home / "data/raw.zip").items)
+    labels = Counter(item.label for item in archive.list_items(home / "data/raw.zip"))
     assert labels == {"one": len(list((digits / "1").iterdir())), "two": 1}
     for output in ("raw.zip", "raw.json"):
         (home / "data" / output).write_bytes(OLD)
