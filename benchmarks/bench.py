@@ -10,6 +10,7 @@ import os
 import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -105,9 +106,11 @@ def other_process(setup: Callable[[], Way]) -> Iterator[Connection]:
 
 
 def _serve(setup: Callable[[], Way], pipe: Connection) -> None:
-    measure = setup()
-    while pipe.recv():
-        pipe.send(measure())
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        tempfile.tempdir = folder  # gigabytes of archives and tables, which go when the way ends
+        measure = setup()
+        while pipe.recv():
+            pipe.send(measure())
 
 
 def ratio(found: Figures, one: str, other: str) -> list[float]:

@@ -242,6 +242,7 @@ def step_parts(scene: Scene, part: str, steps: int = 20) -> Way:
             trainer.fabric.backward(loss)
             if part == "all":
                 trainer.optimizer.step()
+        _synchronize()
         return (time.perf_counter() - begun) / steps
 
     return measure
