@@ -67,24 +67,28 @@ class Idx:
 
 @dataclass(frozen=True)
 class Listing:
-    """What an archive holds: pairs of idx files, files that are no images, and folders without files.
+    """What an archive holds: pairs of idx files, files that are no images, folders without files, and its images.
 
-    Iterated over, it tells its images, in the archive's own order, anew each time: they are never held.
+    include: the pattern of those that are listed, of `total`; counts: how many, by their label. Iterated over, it tells
+    them in the archive's own order, anew each time: they are never held.
     """
 
     path: Path
+    include: str
     idx: list[Idx]
     others: list[str]
     empty: list[str]
+    counts: Mapping[str, int]
+    total: int
 
     def __iter__(self) -> Iterator[Item]:
         for pair in self.idx:
-            name = pair.images.name
-            for row, label in enumerate(pair.labels):
-                yield Item(f"{name}#{row}", str(label), pair.official, pair.images, row)
+            yield from (item for item in _idx_items(pair) if _matches(item.path, self.include))
         for entry in _visible(self.path):
             if _kind(entry.name) == "image":
-                yield _folder_item(entry)
+                item = _folder_item(entry)
+                if _matches(item.path, self.include):
+                    yield item
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,6 @@ class Selection:
     """The images of a listing that are used: their number, and what their folders are called (None: left out)."""
 
     listing: Listing
-    include: str
     labels: Mapping[str, str | None]
     count: int
 
@@ -101,8 +104,8 @@ class Selection:
 
     def __iter__(self) -> Iterator[Item]:
         for item in self.listing:
-            if fnmatchcase(item.path, self.include) and (label := self.labels[item.label]) is not None:
-                yield item._replace(label=label)
+            if (label := self.labels[item.label]) is not None:
+                yield item if label == item.label else item._replace(label=label)
 
 
 def check(path: Path) -> None:
@@ -122,40 +125,47 @@ def check(path: Path) -> None:
                 raise PipelineError(f"{path} is damaged at {entry.name!r} ({error}); get the archive again") from None
 
 
-def list_items(path: Path) -> Listing:
-    """List what an archive holds; an image outside any folder has label ''.
+def list_items(path: Path, include: str = "*") -> Listing:
+    """List what an archive holds, of its images those whose path matches `include`.
 
-    Raises PipelineError where idx files do not fit together.
+    One outside any folder has label ''. Raises PipelineError where idx files do not fit together.
     """
     found: dict[str, list[Entry]] = {"folder": [], "idx": [], "other": []}
     filled = set()
+    counts: Counter[str] = Counter()
+    total = 0
     for entry in _visible(path):
         above = entry.name.rstrip("/").rpartition("/")[0]
         while above and above not in filled:
             filled.add(above)
             above = above.rpartition("/")[0]
-        if (kind := _kind(entry.name)) in found:
+        if (kind := _kind(entry.name)) == "image":
+            item = _folder_item(entry)
+            total += 1
+            counts[item.label] += _matches(item.path, include)
+        else:
             found[kind].append(entry)
     folders, others = ([entry.name for entry in found[kind]] for kind in ("folder", "other"))
     empty = [name for name in folders if name.rstrip("/") not in filled]
-    return Listing(path, _pair(path, found["idx"]), others, empty)
+    pairs = _pair(path, found["idx"])
+    for pair in pairs:
+        total += len(pair.labels)
+        counts.update(item.label for item in _idx_items(pair) if _matches(item.path, include))
+    return Listing(path, include, pairs, others, empty, +counts, total)
 
 
-def select(listing: Listing, *, include: str, classes: Mapping[str, str | None]) -> Selection:
-    """Keep the items whose path matches the pattern `include`, and rename their folders to classes or leave them out.
+def select(listing: Listing, *, classes: Mapping[str, str | None]) -> Selection:
+    """Rename the folders of the listed images to classes, or leave them out.
 
     Raises PipelineError where nothing is kept, a named folder does not exist, or a kept one is empty.
     """
     classes = {unicodedata.normalize("NFC", folder): name for folder, name in classes.items()}
-    counts: Counter[str] = Counter()
-    for item in listing:
-        if fnmatchcase(item.path, include):
-            counts[item.label] += 1
-    folders = sorted(counts)
+    folders = sorted(listing.counts)
     if not folders:
-        count = sum(1 for _ in listing)
-        raise PipelineError(f"no image of the archive matches prepare.include {include!r}, of {count:,}")
-    empty = [name for name in listing.empty if fnmatchcase(name, include)]
+        raise PipelineError(
+            f"no image of the archive matches prepare.include {listing.include!r}, of {listing.total:,}"
+        )
+    empty = [name for name in listing.empty if _matches(name, listing.include)]
     names = {name: name.rstrip("/").rpartition("/")[2] for name in empty}
     if unknown := sorted(classes.keys() - set(folders) - set(names.values())):
         raise PipelineError(f"prepare.classes names the folder {unknown[0]!r}; the archive has {_some(folders)}")
@@ -170,16 +180,14 @@ def select(listing: Listing, *, include: str, classes: Mapping[str, str | None])
         raise PipelineError(
             f"the archive has {len(kept_labels)} class ({_some(folders)}), expected at least 2 to tell apart"
         )
-    return Selection(
-        listing, include, labels, sum(count for folder, count in counts.items() if labels[folder] is not None)
-    )
+    return Selection(listing, labels, sum(listing.counts[folder] for folder in folders if labels[folder] is not None))
 
 
 class Reader:
     """The bytes of an archive's images. Each process opens its own; idx files are streamed, never held whole."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
+        self._file = path.open("rb", buffering=0)
         self._idx: dict[Entry, _Rows] = {}
 
     def __enter__(self) -> "Reader":
@@ -291,6 +299,15 @@ def _kind(name: str) -> str:
     if _IDX.match(name):
         return "idx"
     return "other" if not folder or (stem and suffix) else "image"
+
+
+def _matches(path: str, include: str) -> bool:
+    return include == "*" or fnmatchcase(path, include)
+
+
+def _idx_items(pair: Idx) -> Iterator[Item]:
+    name = pair.images.name
+    return (Item(f"{name}#{row}", str(label), pair.official, pair.images, row) for row, label in enumerate(pair.labels))
 
 
 def _folder_item(entry: Entry) -> Item:

@@ -15,7 +15,7 @@ from src.runtime import PipelineError
 
 PACKAGES = (
     "dvc dvclive filelock jinja2 kaggle lightning-fabric matplotlib mlxtend numpy pandas pillow pydantic pyyaml "
-    "requests safetensors scikit-learn timm torch tqdm"
+    "requests safetensors scikit-learn simplejpeg timm torch tqdm"
 ).split()
 """What the pipeline itself uses, as in requirements.in."""
 

@@ -23,6 +23,10 @@ _FULL = 0xFFFFFFFF
 """A number that stands in a further field, of 64 bits."""
 
 _PIECE = 2**20
+_SPARE = 256
+"""More than the name and the other fields of a file mostly take."""
+
+_ENDS = "it ends in the middle"
 _CHANGED = "its length or its CRC-32 is not the one of the directory"
 
 
@@ -55,9 +59,18 @@ def unpack(file: IO[bytes], entry: Entry) -> IO[bytes]:
 
 
 def read(file: IO[bytes], entry: Entry) -> bytes:
-    """Read one file of an archive whole, in half the time that a stream takes for a small one."""
-    file.seek(_find_content(file, entry))
-    content = _exactly(file, entry.packed)
+    """Read one file of an archive whole, in half the time that a stream takes for a small one.
+
+    It is read together with the header before it, whose length is guessed: best from a file without a buffer.
+    """
+    _check_method(entry)
+    file.seek(entry.offset)
+    found = _exactly(file, _FILE.size) if entry.packed > _PIECE else file.read(_FILE.size + _SPARE + entry.packed)
+    begin = _content_begins(found)
+    if begin + entry.packed > len(found):
+        file.seek(entry.offset + begin)
+        begin, found = 0, _exactly(file, entry.packed)
+    content = found[begin : begin + entry.packed]
     if entry.method == ZIP_DEFLATED:
         content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, entry.size + 1)  # no more than it may have
     if (len(content), zlib.crc32(content)) != (entry.size, entry.crc):
@@ -124,11 +137,20 @@ def _find_directory(file: IO[bytes]) -> tuple[int, int, int]:
 
 def _find_content(file: IO[bytes], entry: Entry) -> int:
     """Tell where the content of an entry begins, behind its own header."""
+    _check_method(entry)
+    file.seek(entry.offset)
+    return entry.offset + _content_begins(_exactly(file, _FILE.size))
+
+
+def _check_method(entry: Entry) -> None:
     if entry.method not in (ZIP_STORED, ZIP_DEFLATED):
         raise BadZipFile(f"packed by method {entry.method}, expected stored or deflated")
-    file.seek(entry.offset)
-    *_, named, further = _read(file, _FILE, b"PK\x03\x04")
-    return entry.offset + _FILE.size + int(named) + int(further)
+
+
+def _content_begins(header: bytes) -> int:
+    """Tell how long the header of a file is, which may hold other fields than the directory."""
+    *_, named, further = _unpacked(header, _FILE, b"PK\x03\x04")
+    return _FILE.size + int(named) + int(further)
 
 
 def _read_entry(file: IO[bytes], shift: int) -> tuple[Entry, int]:
@@ -156,7 +178,13 @@ def _wide_numbers(fields: bytes) -> Iterator[int]:
 
 
 def _read(file: IO[bytes], layout: struct.Struct, signature: bytes) -> tuple[Any, ...]:
-    values = layout.unpack(_exactly(file, layout.size))
+    return _unpacked(_exactly(file, layout.size), layout, signature)
+
+
+def _unpacked(data: bytes, layout: struct.Struct, signature: bytes) -> tuple[Any, ...]:
+    if len(data) < layout.size:
+        raise BadZipFile(_ENDS)
+    values = layout.unpack_from(data)
     if values[0] != signature:
         raise BadZipFile("something else stands where its directory, or a file, should begin")
     return values
@@ -165,5 +193,5 @@ def _read(file: IO[bytes], layout: struct.Struct, signature: bytes) -> tuple[Any
 def _exactly(file: IO[bytes], count: int) -> bytes:
     content = file.read(count)
     if len(content) != count:
-        raise BadZipFile("it ends in the middle")
+        raise BadZipFile(_ENDS)
     return content

@@ -12,22 +12,20 @@ from src.runtime import run, whole
 
 def main() -> None:
     params = load_params().prepare
-    listing = list_items(paths.RAW)
-    items = select(listing, include=params.include, classes=params.classes)
-    if listing.others:
-        print(
-            f"left aside, since no images by their names: {len(listing.others):,} files, such as {listing.others[0]!r}"
-        )
-
-    with whole(paths.IMAGES, paths.INDEX, paths.REJECTED) as (table, index, rejected_list):
-        prepared = images.prepare(paths.RAW, items, table, index, size=params.size, channels=params.channels)
-        bar = tqdm(prepared, "prepare", len(items), unit=" images", disable=None)
-        rejected = [image for image in bar if image.reason]
-        images.check_rejected(rejected, len(items), params.max_rejected)
-        with rejected_list.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "reason"])
-            writer.writerows([image.item.path, image.reason] for image in rejected)
+    with images.decoders() as pool:
+        listing = list_items(paths.RAW, params.include)
+        items = select(listing, classes=params.classes)
+        if others := listing.others:
+            print(f"left aside, since no images by their names: {len(others):,} files, such as {others[0]!r}")
+        with whole(paths.IMAGES, paths.INDEX, paths.REJECTED) as (table, index, rejected_list):
+            prepared = images.prepare(pool, paths.RAW, items, table, index, size=params.size, channels=params.channels)
+            bar = tqdm(prepared, "prepare", len(items), unit=" images", disable=None)
+            rejected = [image for image in bar if image.reason]
+            images.check_rejected(rejected, len(items), params.max_rejected)
+            with rejected_list.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["path", "reason"])
+                writer.writerows([image.item.path, image.reason] for image in rejected)
     print(f"prepared {len(items) - len(rejected):,} images of {params.size} px, rejected {len(rejected):,}")
 
 

@@ -17,8 +17,8 @@ from src.runtime import PipelineError
 from tests.helpers import digits, encode, idx, photos, zip_of
 
 
-def listing(folder: Path, *names: str) -> Listing:
-    return archive.list_items(zip_of(folder / "raw.zip", [(name, b"pixels") for name in names]))
+def listing(folder: Path, *names: str, include: str = "*") -> Listing:
+    return archive.list_items(zip_of(folder / "raw.zip", [(name, b"pixels") for name in names]), include)
 
 
 def places(folder: Path, *names: str) -> list[tuple[str, str]]:
@@ -101,6 +101,17 @@ def test_a_carriage_return_is_shown_but_still_read(tmp_path: Path) -> None:
         assert reader.read(found[0]) == b"pixels"
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_images_of_any_length_are_read_behind_headers_of_any_length(tmp_path: Path, method: int) -> None:
+    lengths, random = {"a": 0, "b" * 400: 10, "c": 2**20, "d": 2**20 + 1, "e": 3}, np.random.default_rng(0)
+    files = {f"cat/{name}.jpg": random.bytes(length) for name, length in lengths.items()}
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w", method) as packed:
+        for name, content in files.items():
+            packed.writestr(name, content)
+    with Reader(tmp_path / "raw.zip") as reader:
+        assert {item.path: reader.read(item) for item in archive.list_items(tmp_path / "raw.zip")} == files
+
+
 def test_both_spellings_of_an_accent_are_one_class(tmp_path: Path) -> None:
     spellings = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
     assert len(set(spellings)) == 2
@@ -113,8 +124,8 @@ def test_both_spellings_of_an_accent_are_one_class(tmp_path: Path) -> None:
 ANIMALS = ("raw/cane/1.jpg", "raw/cane/2.jpg", "raw/gatto/1.jpg", "raw/ragno/1.jpg")
 
 
-def labels(found: Listing, include: str = "*", **classes: str | None) -> list[str]:
-    return [item.label for item in archive.select(found, include=include, classes=classes)]
+def labels(found: Listing, **classes: str | None) -> list[str]:
+    return [item.label for item in archive.select(found, classes=classes)]
 
 
 def test_folders_keep_their_name_are_renamed_or_left_out(tmp_path: Path) -> None:
@@ -126,11 +137,11 @@ def test_two_folders_can_be_one_class(tmp_path: Path) -> None:
 
 
 def test_a_pattern_chooses_files_by_their_path(tmp_path: Path) -> None:
-    assert labels(listing(tmp_path, *ANIMALS), include="raw/*/1.jpg") == ["cane", "gatto", "ragno"]
+    assert labels(listing(tmp_path, *ANIMALS, include="raw/*/1.jpg")) == ["cane", "gatto", "ragno"]
 
 
 def test_a_pattern_that_nothing_matches_is_told(tmp_path: Path) -> None:
-    said = complaint(lambda: labels(listing(tmp_path, *ANIMALS), include="*.png"))
+    said = complaint(lambda: labels(listing(tmp_path, *ANIMALS, include="*.png")))
     assert said == "no image of the archive matches prepare.include '*.png', of 4"
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from src import archive, images
@@ -300,6 +300,57 @@ def test_any_damage_gives_pixels_or_the_same_reason_each_time(kind: str) -> None
     assert not [text for text in reasons if " at 0x" in text]
 
 
+def exif_of(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif.tobytes()
+
+
+SOONER = (
+    *({"subsampling": kind, "quality": quality} for kind in (0, 1, 2) for quality in (30, 95)),
+    *({"exif": exif_of(orientation)} for orientation in range(9)),
+    {"progressive": True},
+    {"keep_rgb": True},
+    {"restart_marker_blocks": 3},
+    {"comment": b"of a cat"},
+)
+BY_PILLOW = ({"xmp": b"<x:xmpmeta/>"}, {"icc_profile": b"colours"})
+
+
+def test_a_jpeg_that_is_read_without_pillow_has_the_pixels_and_the_damage_that_pillow_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dice, read, theirs = random.Random(0), [], images._open_jpeg
+
+    def sooner(data: bytes, size: int) -> object:
+        read.append(theirs(data, size))
+        return read[-1]
+
+    def refuse(*_: object) -> None:
+        raise ValueError
+
+    def outcome(data: bytes, way: object) -> bytes | str:
+        monkeypatch.setattr(images, "_open_jpeg", way)
+        try:
+            return decode(data).tobytes()
+        except ValueError as error:
+            return str(error)
+
+    widths = (1, 31, 32, 33, 63, 64, 65, 127, 255, 256, 257)
+    resized = [photo.resize((width, dice.randrange(1, 300))) for photo in photos() for width in widths]
+    whole = [encode(photo, "JPEG", **options) for photo in resized for options in (*SOONER, *BY_PILLOW)]
+    assert [outcome(data, sooner) for data in whole] == [outcome(data, refuse) for data in whole]
+    assert len(read) == len(resized) * len(SOONER)
+    read.clear()
+    for data in whole:
+        damaged = bytearray(data)
+        for _ in range(dice.choice([1, 2, 8])):
+            damaged[dice.randrange(len(data) if dice.random() < 0.5 else min(700, len(data)))] = dice.randrange(256)
+        cut = bytes(damaged[: dice.choice([len(data), dice.randrange(len(data))])])
+        assert outcome(cut, sooner) == outcome(cut, refuse)
+    assert 0 < len(read) < len(whole)  # some of the damaged ones were refused
+
+
 def test_pillow_does_not_warn_a_user_of_odd_metadata() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -345,10 +396,11 @@ def test_recompressed_and_resized_photographs_keep_their_hash() -> None:
 def save_some(folder: Path, raw: Path, workers: int) -> dict[str, bytes]:
     """What the stage does, with a chosen number of workers."""
     folder.mkdir()
-    items = archive.select(archive.list_items(raw), include="*", classes={})
+    items = archive.select(archive.list_items(raw), classes={})
     table, index = folder / "images.npy", folder / "index.csv"
-    prepared = images.prepare(raw, items, table, index, size=32, channels=3, workers=workers)
-    rejected = [image for image in prepared if image.reason]
+    with images.decoders(workers) as pool:
+        prepared = images.prepare(pool, raw, items, table, index, size=32, channels=3)
+        rejected = [image for image in prepared if image.reason]
     (folder / "rejected.txt").write_text("\n".join(f"{image.item.path} {image.reason}" for image in rejected))
     return contents(folder)
 
