@@ -50,8 +50,7 @@ WHY = {
     "train_vs_bare": "What is left is gathering and augmenting the batch, the metrics and the checkpoint, as the chart "
     "below shows.",
     "evaluate_vs_forward": "What is left is gathering the batch and softmax in double precision.",
-    "memory": "It is the peak of one run each, and runs of training on the same images differ by an eighth (seven: 890 "
-    "to 1,008 MB); the system counts pages of files that it shares among them.",
+    "memory": "It is what the system counts for the processes, pages of files that it shares with them among them.",
 }
 """What is said of a ratio that misses what is wanted, by how its name begins, or by a part of it."""
 
