@@ -14,8 +14,8 @@ from src.params import Train
 from src.runtime import PipelineError
 
 PACKAGES = (
-    "dvc dvclive filelock jinja2 kaggle lightning-fabric matplotlib mlxtend numpy pandas pillow pydantic pyyaml "
-    "requests safetensors scikit-learn simplejpeg timm torch tqdm"
+    "dvc dvclive filelock jinja2 kaggle lightning-fabric matplotlib mlxtend numpy onnx onnxruntime onnxscript pandas "
+    "pillow pydantic pyyaml requests safetensors scikit-learn scipy simplejpeg timm torch tqdm"
 ).split()
 """What the pipeline itself uses, as in requirements.in."""
 

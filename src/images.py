@@ -69,25 +69,33 @@ class Prepared(NamedTuple):
     reason: str = ""
 
 
+class SizeError(ValueError):
+    """An image of more pixels than are allowed."""
+
+
 Outcome = tuple[str, str, str]
 """What a process sends back of an image: all that is Prepared but the item, which is there already."""
 
 
-def decode(data: bytes, *, size: int, channels: int) -> Pixels:
+def decode(data: bytes, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode one encoded image to (size, size, channels) uint8; of an animation the first frame.
 
-    Raises ValueError with the reason where the bytes are no whole image.
+    Raises ValueError with the reason where the bytes are no whole image, and SizeError, which is one, before decoding.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; neither changes the pixels
-            image, turn, extent = _open(data, size)
+            image, turn, extent = _open(data, size, max_pixels)
             upright = _convert(image if turn is None else image.transpose(turn), channels)
             extent = extent if upright.size == image.size else extent[::-1]
             return np.asarray(_square(upright, size, extent)).reshape(size, size, channels)
     except UnidentifiedImageError:
         raise ValueError("no image in a known format") from None
-    except (Image.DecompressionBombError, ValueError, OSError) as error:
+    except SizeError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, of 179 million pixels
+        raise SizeError(str(error)) from None
+    except (ValueError, OSError) as error:
         raise ValueError(str(error)) from None
     except MemoryError:  # says nothing about the image
         raise
@@ -219,7 +227,7 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _open(data: bytes, size: int) -> tuple[Image.Image, Image.Transpose | None, Extent]:
+def _open(data: bytes, size: int, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None, Extent]:
     """Decode an image, and give how it has to be turned, and its extent.
 
     A JPEG is decoded at the smallest scale of 1, 1/2, 1/4 and 1/8 that leaves both sides at least `size` long. A side
@@ -228,23 +236,23 @@ def _open(data: bytes, size: int) -> tuple[Image.Image, Image.Transpose | None, 
     if not data:
         raise ValueError("the file is empty")
     with suppress(ValueError, IndexError, struct.error):  # whether an odd file can be used is for Pillow to say
-        return _open_jpeg(data, size)
+        return _open_jpeg(data, size, max_pixels)
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    if image.width * image.height > max_pixels:
+        raise SizeError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
     drafted = image.draft(None, (size, size)) if image.format == "JPEG" else None
     image.load()
     return image, _turn(image.getexif), drafted[1][2:] if drafted else image.size
 
 
-def _open_jpeg(data: bytes, size: int) -> tuple[Image.Image, Image.Transpose | None, Extent]:
+def _open_jpeg(data: bytes, size: int, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None, Extent]:
     """Do the same for a sound JPEG in colour without Pillow: the same pixels, in four fifths of the time.
 
     Both decode by libjpeg-turbo; Pillow reads headers and unpacks pixels more slowly. Raises ValueError, IndexError or
     struct.error for any other file.
     """
     width, height, exif = _scan_jpeg(data)
-    if not 0 < width * height <= MAX_PIXELS:
+    if not 0 < width * height <= max_pixels:
         raise ValueError("no size, or too large")
     scale = next((scale for scale in (8, 4, 2) if min(width, height) >= scale * size), 1)
     wide, high = -(-width // scale), -(-height // scale)

@@ -203,6 +203,8 @@ class Evaluate(Section):
     """Images a step; changes the speed, and the probabilities by the noise of floating point."""
     flip: bool
     """Average the probabilities of each image and of its mirror image (test-time augmentation)."""
+    sure: Annotated[float, Field(gt=0, le=1)]
+    """Share of the sure answers that shall be right: chosen on validation, a less confident answer is "not sure"."""
     device: Device
     """As train.device."""
 

@@ -17,12 +17,15 @@ PREDICTIONS = Path("data/predictions.csv")
 
 MODEL = Path("models/model.safetensors")
 SNAPSHOTS = Path("models/snapshots")
+ONNX = Path("models/model.onnx")
+INT8 = Path("models/model.int8.onnx")
 
 DATA_METRICS = Path("metrics/data.json")
 ENVIRONMENT = Path("metrics/environment.json")
 TRAIN_LOG = Path("metrics/train")
 TEST_METRICS = Path("metrics/test.json")
 CLASS_METRICS = Path("metrics/classes.csv")
+EXPORT_METRICS = Path("metrics/export.json")
 
 PLOTS = Path("plots")
 REPORT = Path("plots/report.html")

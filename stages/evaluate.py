@@ -5,7 +5,7 @@ import json
 from src import paths
 from src.batches import choose_device, read_dataset
 from src.environment import settle
-from src.evaluation import predict, score, tabulate
+from src.evaluation import fit_temperature, predict, probabilities, score, sure_from, tabulate
 from src.networks import load
 from src.params import load_params
 from src.runtime import PipelineError, run, whole
@@ -23,17 +23,25 @@ def main() -> None:
             f"{paths.MODEL} was trained on images of another shape than {paths.IMAGES}; run `dvc repro`"
         )
 
-    table = data.table("test", choose_device(params.device))
-    probabilities = predict(network, table, batch=params.batch, flip=params.flip)
-    predictions = tabulate(data.places.iloc[data.rows("test")], probabilities, data.classes)
-    overall, classes = score(predictions, data.classes)
+    device = choose_device(params.device)
+    found, codes = {}, {}
+    for split in ("validation", "test"):
+        table = data.table(split, device)
+        codes[split] = table.labels.cpu().numpy()
+        found[split] = predict(network, table, batch=params.batch, flip=params.flip)
+    temperature = fit_temperature(found["validation"], codes["validation"])
+    sure = sure_from(probabilities(found["validation"], temperature), codes["validation"], params.sure)
+    places = data.places.iloc[data.rows("test")]
+    predictions = tabulate(places, probabilities(found["test"], temperature), data.classes)
+    overall, classes = score(predictions, data.classes, sure)
+    overall |= {"temperature": temperature, "sure_from": sure}
 
     with whole(paths.PREDICTIONS, paths.TEST_METRICS, paths.CLASS_METRICS) as (table_file, metrics, class_file):
         predictions.to_csv(table_file, index=False, float_format="%.6g", lineterminator="\n")
         metrics.write_text(json.dumps(overall, indent=2) + "\n", encoding="utf-8")
         classes.to_csv(class_file, index=False, float_format="%.6g", lineterminator="\n")
     low, high = overall["accuracy_low"], overall["accuracy_high"]
-    print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {len(table):,} images")
+    print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {len(places):,} images")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, *command: str, code: int | None = 0, **env: str) -> str:
+    def run(self, *command: str, code: int | None = 0, timeout: float = 300, **env: str) -> str:
         """Run a command and return all that it printed; it must end with `code`."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
@@ -29,7 +29,7 @@ class Project:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
         assert code is None or done.returncode == code, done.stdout
         return done.stdout

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = (
     "paths provenance runtime params zipped archive sources images split batches backbones networks optimizers "
-    "schedules environment checkpoints training evaluation figures"
+    "schedules environment checkpoints training evaluation export figures"
 ).split()
 WITHOUT_TORCH = {
     *("paths", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "split"),

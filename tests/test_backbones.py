@@ -597,7 +597,7 @@ def test_the_recipe_of_cats_and_dogs_runs_through(tmp_path: Path) -> None:
     project.set(train__threads=1)
     state = make_weights(project.folder / "data/weights/resnet50.tv2_in1k.safetensors", "timm/resnet50.tv2_in1k")
     output = project.dvc("repro")
-    assert stages_run(output) == ["download", "prepare", "split", "train", "evaluate", "plot"]
+    assert stages_run(output) == ["download", "prepare", "split", "train", "evaluate", "plot", "export"]
     network, card = load(project.folder / paths.MODEL)
     assert (card.network, card.head, len(card.weights)) == ("timm/resnet50.tv2_in1k", [512], 64)
     assert network.backbone[-1].state_dict().keys() == {key for key in state if not key.startswith("fc.")}

@@ -1,4 +1,4 @@
-"""Scores are those of the textbooks, the files hold what they promise, and a model is only judged on what it knows."""
+"""Scores are those of the textbooks, confidence is what it says, and a model is only judged on what it knows."""
 
 import csv
 from collections.abc import Callable
@@ -9,11 +9,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 
 from src import paths
 from src.batches import read_dataset
-from src.evaluation import predict, score, tabulate, wilson_interval
+from src.evaluation import (
+    calibration_error,
+    fit_temperature,
+    predict,
+    probabilities,
+    score,
+    sure_from,
+    tabulate,
+    wilson_interval,
+)
 from src.networks import load
 from stages import evaluate as evaluate_stage
 from tests.helpers import contents
@@ -94,6 +104,80 @@ def test_a_sure_and_wrong_answer_costs_a_finite_loss() -> None:
     assert 0 < overall["loss"] < 100
 
 
+# --- confidence
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shares / shares.sum(axis=-1, keepdims=True))
+
+
+def overconfident(temperature: float, count: int = 20_000) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """Logits `temperature` times as large as their answers deserve, (N, 1, 4), and the classes that were meant."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (count, 4))
+    codes = np.array([rng.choice(4, p=shares) for shares in softmax(logits)])
+    return torch.from_numpy(logits[:, None] * temperature), codes
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_the_temperature_is_the_one_by_which_the_logits_are_too_large(temperature: float) -> None:
+    logits, codes = overconfident(temperature)
+    found = fit_temperature(logits, codes)
+    assert found == pytest.approx(temperature, rel=0.03)
+    confidence, right = (probabilities(logits, found)).max(1), logits[:, 0].argmax(1).numpy() == codes
+    assert calibration_error(confidence, right) < 0.01
+    if temperature != 1:
+        assert calibration_error(probabilities(logits).max(1), right) > 0.05
+
+
+def test_the_temperature_is_fitted_to_the_mean_of_the_views() -> None:
+    logits, codes = overconfident(2.0, 4_000)
+    views = torch.cat([logits, logits + torch.from_numpy(np.random.default_rng(1).normal(0, 3, logits.shape))], 1)
+    found = fit_temperature(views, codes)
+
+    def loss(temperature: float) -> float:
+        return float(log_loss(codes, probabilities(views, temperature)))
+
+    assert loss(found) < min(loss(found * 1.02), loss(found / 1.02))
+
+
+def test_a_temperature_is_found_where_every_answer_is_right_and_where_all_logits_are_equal() -> None:
+    codes = np.array([0, 1, 1, 0])
+    right = torch.tensor([[[9.0, 0.0]], [[0.0, 9.0]], [[0.0, 9.0]], [[9.0, 0.0]]])
+    confidence = probabilities(right, fit_temperature(right, codes)).max(1)
+    assert confidence == pytest.approx(0.9, abs=0.02), "of four and one half of a fifth, 4.5 in 5 are right"
+    assert 0.05 <= fit_temperature(torch.zeros(4, 1, 2), codes) <= 20
+
+
+def test_answers_are_sure_from_the_lowest_confidence_on_that_keeps_the_promise() -> None:
+    chances = [0.99, 0.95, 0.95, 0.9, 0.80009, 0.7, 0.6]
+    shares = np.array([[chance, 1 - chance] for chance in chances])
+    codes = np.array([0, 0, 0, 1, 0, 0, 1])
+    assert sure_from(shares, codes, 1.0) == 0.95  # then comes the first mistake
+    assert sure_from(shares, codes, 0.8) == 0.7  # 5 of 6 are right
+    assert sure_from(shares, codes, 0.71) == 0.6  # 5 of 7
+    assert sure_from(shares, np.array([0, 0, 0, 1, 0, 1, 1]), 0.8) == 0.8  # down to four digits, so that it is in
+    assert sure_from(shares, np.array([0, 1, 0, 0, 0, 0, 0]), 1.0) == 0.99  # no half of two that are equally confident
+    assert sure_from(shares, np.array([1, 0, 0, 0, 0, 0, 0]), 0.95) == 1.0  # none keeps it
+
+
+def test_scores_tell_how_many_answers_are_sure_and_how_many_of_those_are_right() -> None:
+    chances = [[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.55, 0.45]]
+    predictions = table_of(["cat", "cat", "cat", "dog", "dog"], chances, ["cat", "dog"])
+    overall, _ = score(predictions, ["cat", "dog"], 0.6)
+    assert (overall["sure_share"], overall["sure_accuracy"]) == (4 / 5, 3 / 4)
+    assert score(predictions, ["cat", "dog"], 1.0)[0]["sure_accuracy"] == 0
+    # Answers of 0.55 and 0.6, 0.7, 0.8, 0.9 lie in five bins: the mean of what each lacks to 0 or 1.
+    assert overall["calibration_error"] == pytest.approx((0.55 + 0.6 + 0.3 + 0.2 + 0.1) / 5)
+
+
+def test_the_calibration_error_is_that_counted_by_hand() -> None:
+    confidence = np.array([0.61, 0.62, 0.63, 0.64, 0.99, 1.0])
+    right = np.array([True, True, False, False, True, True])
+    assert calibration_error(confidence, right) == pytest.approx((4 * (0.625 - 0.5) + 2 * (1 - 0.995)) / 6)
+
+
 # --- predictions
 
 
@@ -101,13 +185,12 @@ def test_a_sure_and_wrong_answer_costs_a_finite_loss() -> None:
 def test_probabilities_are_the_softmax_of_the_logits_and_sum_to_one() -> None:
     network, _ = load(paths.MODEL)
     table = read_dataset().table("test", torch.device("cpu"))
-    found = predict(network, table, batch=50)
+    found = probabilities(predict(network, table, batch=50))
     assert found.shape == (len(table), 10)
     assert np.abs(found.sum(1) - 1).max() < 1e-12
     with torch.inference_mode():
         logits = network(table.take(torch.arange(len(table)))[0]).double().numpy()
-    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert np.allclose(found, shares, rtol=1e-5, atol=1e-9)
+    assert np.allclose(found, softmax(logits), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.usefixtures("home")
@@ -115,12 +198,12 @@ def test_with_flip_the_probabilities_are_the_mean_of_the_image_and_its_mirror_im
     network, _ = load(paths.MODEL)
     table = read_dataset().table("test", torch.device("cpu"))
     mirrored = replace(table, images=torch.from_numpy(table.images.numpy()[:, :, ::-1].copy()))
-    plain, other = (predict(network, seen, batch=50) for seen in (table, mirrored))
-    both = predict(network, table, batch=50, flip=True)
+    plain, other = (probabilities(predict(network, seen, batch=50)) for seen in (table, mirrored))
+    both = probabilities(predict(network, table, batch=50, flip=True))
     assert np.abs(plain - other).max() > 0.1, "the test needs images that are not taken for the same in a mirror"
     assert np.allclose(both, (plain + other) / 2, rtol=0, atol=1e-6)
     assert np.abs(both.sum(1) - 1).max() < 1e-12
-    assert np.allclose(predict(network, mirrored, batch=50, flip=True), both, rtol=0, atol=1e-6)
+    assert np.allclose(probabilities(predict(network, mirrored, batch=50, flip=True)), both, rtol=0, atol=1e-6)
 
 
 def test_the_stage_flips_where_the_params_ask_for_it(home: Project) -> None:
@@ -129,12 +212,15 @@ def test_the_stage_flips_where_the_params_ask_for_it(home: Project) -> None:
     for flip in (False, True):
         home.set(evaluate__flip=flip)
         evaluate_stage.main()
-        found.append(pd.read_csv(paths.PREDICTIONS)[chances].to_numpy())
+        temperature = home.json(str(paths.TEST_METRICS))["temperature"]
+        assert isinstance(temperature, float)
+        found.append((pd.read_csv(paths.PREDICTIONS)[chances].to_numpy(), temperature))
     network, _ = load(paths.MODEL)
     table = read_dataset().table("test", torch.device("cpu"))
-    for flip, written in zip((False, True), found, strict=True):
-        assert np.allclose(written, predict(network, table, batch=512, flip=flip), rtol=1e-4, atol=1e-6)
-    assert np.abs(found[0] - found[1]).max() > 0.1
+    for flip, (written, temperature) in zip((False, True), found, strict=True):
+        expected = probabilities(predict(network, table, batch=512, flip=flip), temperature)
+        assert np.allclose(written, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(found[0][0] - found[1][0]).max() > 0.1
 
 
 @pytest.mark.usefixtures("home")
@@ -142,7 +228,7 @@ def test_predicting_turns_dropout_off() -> None:
     network, _ = load(paths.MODEL)
     table = read_dataset().table("test", torch.device("cpu"))
     still = predict(network, table, batch=50)
-    assert np.array_equal(predict(network.train(), table, batch=50), still)
+    assert torch.equal(predict(network.train(), table, batch=50), still)
 
 
 def test_the_stage_tells_of_each_test_image_in_its_order(home: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,14 +258,33 @@ def test_the_stage_tells_of_each_test_image_in_its_order(home: Project, capsys: 
 
 
 @pytest.mark.usefixtures("home")
-def test_only_the_test_images_are_judged() -> None:
+def test_training_images_judge_nothing() -> None:
     evaluate_stage.main()
     before = [file.read_bytes() for file in OUTPUTS]
     images = np.load(paths.IMAGES)
-    images[pd.read_csv(paths.SPLIT)["split"] != "test"] = 0
+    images[pd.read_csv(paths.SPLIT)["split"] == "train"] = 0
     np.save(paths.IMAGES, images)
     evaluate_stage.main()
     assert [file.read_bytes() for file in OUTPUTS] == before
+
+
+def test_temperature_and_threshold_come_from_validation_alone(home: Project) -> None:
+    evaluate_stage.main()
+    before = home.json(str(paths.TEST_METRICS))
+    network, _ = load(paths.MODEL)
+    table = read_dataset().table("validation", torch.device("cpu"))
+    logits, codes = predict(network, table, batch=512), table.labels.numpy()
+    assert before["temperature"] == (temperature := fit_temperature(logits, codes))
+    assert before["sure_from"] == sure_from(probabilities(logits, temperature), codes, 0.99)
+    images = np.load(paths.IMAGES)
+    images[pd.read_csv(paths.SPLIT)["split"] == "test"] = 0
+    np.save(paths.IMAGES, images)
+    evaluate_stage.main()
+    after = home.json(str(paths.TEST_METRICS))
+    assert after["accuracy"] != before["accuracy"]
+    assert [after[name] for name in ("temperature", "sure_from")] == [
+        before[name] for name in ("temperature", "sure_from")
+    ]
 
 
 def test_the_size_of_a_batch_changes_nothing_that_matters(home: Project) -> None:

@@ -322,8 +322,8 @@ def test_a_jpeg_that_is_read_without_pillow_has_the_pixels_and_the_damage_that_p
 ) -> None:
     dice, read, theirs = random.Random(0), [], images._open_jpeg
 
-    def sooner(data: bytes, size: int) -> object:
-        read.append(theirs(data, size))
+    def sooner(data: bytes, size: int, max_pixels: int) -> object:
+        read.append(theirs(data, size, max_pixels))
         return read[-1]
 
     def refuse(*_: object) -> None:

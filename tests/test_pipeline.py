@@ -51,7 +51,7 @@ def test_a_fresh_clone_gets_the_same_results_again(project: Project, trained: Pa
     project.git("clone", "--quiet", str(trained), str(tmp_path / "clone"))
     clone = Project(tmp_path / "clone")
     # Plots and metrics came with the clone; they are right as long as what they are made of comes out the same.
-    assert stages_run(clone.dvc("repro")) == ["download", "prepare", "split", "train", "evaluate"]
+    assert stages_run(clone.dvc("repro")) == ["download", "prepare", "split", "train", "evaluate", "export"]
     assert clone.git("status", "--short") == ""
     clone.dvc("repro", "--force", "--single-item", "plot")
     assert clone.git("status", "--short") == ""
@@ -59,7 +59,7 @@ def test_a_fresh_clone_gets_the_same_results_again(project: Project, trained: Pa
 
 def test_another_split_decodes_nothing_again(project: Project) -> None:
     project.set(split__seed=1)
-    assert stages_run(project.dvc("repro")) == ["split", "train", "evaluate", "plot"]
+    assert stages_run(project.dvc("repro")) == ["split", "train", "evaluate", "plot", "export"]
 
 
 def test_a_change_to_a_figure_trains_nothing_again(project: Project) -> None:
@@ -70,7 +70,7 @@ def test_a_change_to_a_figure_trains_nothing_again(project: Project) -> None:
 
 def test_a_change_to_the_evaluation_trains_nothing_again(project: Project) -> None:
     project.set(evaluate__batch=100)
-    assert stages_run(project.dvc("repro")) == ["evaluate", "plot"]
+    assert stages_run(project.dvc("repro")) == ["evaluate", "plot", "export"]
 
 
 def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
@@ -106,7 +106,7 @@ def test_an_experiment_that_was_run_before_comes_back_from_the_run_cache(project
     began = time.monotonic()
     output = project.dvc("exp", "run", "--name", "back", "-S", "train.lr=3e-3")
     print(f"back after {time.monotonic() - began:.1f} s")
-    assert output.count("is cached - skipping run") == 2
+    assert output.count("is cached - skipping run") == 3
     assert stages_run(output) == ["plot"]  # whose report DVC takes for neither metric nor plot
     assert (project.bytes("models/model.safetensors"), project.bytes("metrics/test.json")) == first
 
@@ -223,7 +223,7 @@ def test_a_typo_in_params_is_one_sentence_and_loses_nothing(project: Project) ->
 def test_images_in_the_inbox_reach_workspace_and_temporary_runs(project: Project, inbox: Callable[[str], Path]) -> None:
     folder = inbox("data/inbox")
     project.set(download__source="folder")
-    assert stages_run(project.dvc("repro")) == ["download", "prepare", "split", "train", "evaluate", "plot"]
+    assert stages_run(project.dvc("repro")) == ["download", "prepare", "split", "train", "evaluate", "plot", "export"]
     assert project.json("metrics/data.json")["images"] == 60
     assert stages_run(project.dvc("repro")) == []
     project.commit()

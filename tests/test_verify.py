@@ -24,7 +24,7 @@ from tools.difference import difference, digest
 from tools.verify import Scene, check_out, resolve
 
 VERIFY = (sys.executable, "-m", "tools.verify")
-STAGES = ["download", "prepare", "split", "train", "evaluate", "plot"]
+STAGES = ["download", "prepare", "split", "train", "evaluate", "plot", "export"]
 OTHER_MACHINE = "0.0.1"
 
 
