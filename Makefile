@@ -3,10 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro verify test torture portable real bench lint
+.PHONY: repro serve verify test torture portable real bench parity load lint
 
 repro: $(VENV)/ready
 	dvc repro
+
+# The model as a web service, with its page, at http://127.0.0.1:8000; npm, where it is there, adds the phone app.
+serve: $(VENV)/ready
+	@! command -v npm > /dev/null || npm ci --prefix app --omit=dev --ignore-scripts --no-audit --no-fund
+	dvc repro export
+	python -m app.service
 
 # Makes the working tree's results again in a temporary clone and compares them; another revision: make verify REV=v1.
 verify: $(VENV)/ready
@@ -32,10 +38,18 @@ real: $(VENV)/ready
 bench: $(VENV)/ready
 	python -m benchmarks.bench
 
+# Does each way of deployment answer as the evaluated model? Trains two models on the shared data the first time.
+parity: $(VENV)/ready
+	python -m tests.parity
+
+# Loads, attacks, kills and replaces a running service on the loopback; takes 20 minutes of a quiet machine.
+load: $(VENV)/ready
+	python -m tests.load
+
 lint: $(VENV)/ready
 	ruff check .
 	ruff format --check .
-	mypy src stages tools benchmarks
+	mypy src stages tools benchmarks app
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import requests
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
 from app.server import SAFE_HEADERS
@@ -28,59 +27,9 @@ from app.settings import load_settings
 from src import images
 from src.runtime import PipelineError
 from tests.helpers import ROOT, crops, encode, environment
-from tests.served import Served
+from tests.served import SIDES, SIZE, Served, bright, stand_in
 
-SIZE, SIDES = 32, ("left", "right", "top", "bottom")
 LIMITS = {"max_bytes": 3_000_000, "max_files": 4, "max_pixels": 400_000, "head_seconds": 1, "body_seconds": 1}
-
-
-def stand_in(*, sure_from: float = 0.5, heat: bool = True, products: int = 0, **card: object) -> bytes:
-    """A model that names the brightest side of a picture; large products of matrices make it slow."""
-    middle = SIZE // 2
-    halves = np.zeros((SIZE, SIZE, len(SIDES)), np.float32)
-    halves[:, :middle, 0] = halves[:, middle:, 1] = halves[:middle, :, 2] = halves[middle:, :, 3] = 8 / (SIZE * middle)
-    constants = {
-        "halves": halves.reshape(-1, len(SIDES)),
-        "scale": np.float32(1 / 255),
-        "flat": np.array([-1, SIZE * SIZE]),
-        "grid": np.array([-1, 4, SIZE // 4, 4, SIZE // 4]),
-        "colours": np.array([3]),
-        "cells": np.array([2, 4]),
-        "all": np.array([0, 1]),
-        "wide": np.full((768, 768), 1 / 768, np.float32),
-        "none": np.float32(0),
-    }
-    nodes = [
-        helper.make_node("Cast", ["images"], ["real"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["real", "scale"], ["light"]),
-        helper.make_node("ReduceMean", ["light", "colours"], ["gray"], keepdims=0),
-        helper.make_node("Reshape", ["gray", "flat"], ["row"]),
-        helper.make_node("MatMul", ["row", "halves"], ["sums"]),
-        helper.make_node("ReduceMean", ["row", "all"], ["mean"], keepdims=0),
-        helper.make_node("Mul", ["wide", "mean"], ["product 0"]),
-        *(
-            helper.make_node("MatMul", [f"product {number}", "wide"], [f"product {number + 1}"])
-            for number in range(products)
-        ),
-        helper.make_node("ReduceMean", [f"product {products}", "all"], ["slow"], keepdims=0),
-        helper.make_node("Mul", ["slow", "none"], ["nothing"]),
-        helper.make_node("Add", ["sums", "nothing"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"]),
-        helper.make_node("Reshape", ["gray", "grid"], ["blocks"]),
-        helper.make_node("ReduceMean", ["blocks", "cells"], ["heat"], keepdims=0),
-    ]
-    outputs = {"probabilities": ["N", len(SIDES)], **({"heat": ["N", 4, 4]} if heat else {})}
-    graph = helper.make_graph(
-        nodes,
-        "sides",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", "H", "W", 3])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    model: ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    known = {"classes": SIDES, "size": SIZE, "channels": 3, "sure_from": sure_from, **card}
-    helper.set_model_props(model, {"card": json.dumps(known)})
-    return model.SerializeToString()
 
 
 def expected(data: bytes) -> NDArray[np.float64]:
@@ -90,16 +39,6 @@ def expected(data: bytes) -> NDArray[np.float64]:
     halves = [light[:, :middle], light[:, middle:], light[:middle], light[middle:]]
     powers = np.exp([8 * half.mean() for half in halves])
     return powers / powers.sum()
-
-
-def bright(side: str, shape: tuple[int, int] = (60, 40)) -> Image.Image:
-    """A picture of which one half is bright."""
-    width, height = shape
-    boxes = {"left": (0, 0, width // 2, height), "right": (width // 2, 0, width, height)}
-    boxes |= {"top": (0, 0, width, height // 2), "bottom": (0, height // 2, width, height)}
-    image = Image.new("RGB", shape, (20, 30, 40))
-    image.paste((250, 240, 230), boxes[side])
-    return image
 
 
 PICTURE = encode(bright("left"), "JPEG")
@@ -311,6 +250,14 @@ def test_an_endless_body_ends_at_the_limit(served: Served) -> None:
     assert raw(served, head, *[chunk] * 100).startswith(b"HTTP/1.1 413 ")
 
 
+def test_who_is_still_sending_when_refused_is_heard_to_the_end(served: Served) -> None:
+    with socket.create_connection(served.address, timeout=5) as connection:
+        body = bytes(20_000_000)
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)  # fails where the connection is reset meanwhile
+        assert connection.recv(65536).startswith(b"HTTP/1.1 415 ")
+
+
 def test_a_slow_body_and_a_slow_head_end_in_time(served: Served) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
     with ThreadPoolExecutor(3) as pool:
@@ -431,22 +378,34 @@ def timed(service: Served, *files: bytes, **more: Any) -> tuple[requests.Respons
     return post(service, *files, **more), time.monotonic() - began
 
 
-def test_a_full_queue_refuses_at_once_and_late_answers_are_given_up(slow_model: Path) -> None:
+def predicted(service: Served) -> int:
+    """Count the images that a service has predicted."""
+    found = re.search(r"batch_images_sum (\S+)", requests.get(f"{service.url}/metrics", timeout=5).text)
+    assert found
+    return int(float(found[1]))
+
+
+def test_a_full_queue_refuses_at_once(slow_model: Path) -> None:
     with Served(slow_model, workers=1, batch=1, queue=3, max_files=3, answer_seconds=30) as service:
-        alone = timed(service, PICTURE)[1]
         answers = together(8, lambda _: timed(service, PICTURE))
         assert sorted(answer.status_code for answer, _ in answers) == [200] * 3 + [503] * 5
+        slowest = max(seconds for answer, seconds in answers if answer.status_code == 200)
         for answer, seconds in answers:
             if answer.status_code == 503:
-                assert seconds < alone
+                assert seconds < slowest
                 assert answer.headers["Retry-After"] == "1"
                 assert "wait" in reason(answer)
         assert best(post(service, PICTURE)) == ["left"]
-    with Served(slow_model, workers=1, batch=1, queue=8, answer_seconds=2 * alone, max_files=8) as service:
-        late, seconds = timed(service, *[PICTURE] * 8)
+
+
+def test_images_that_nobody_waits_for_any_more_are_not_worked_on(slow_model: Path) -> None:
+    with Served(slow_model, workers=1, batch=1, queue=32, answer_seconds=0.3, max_files=16) as service:
+        late = post(service, *[PICTURE] * 16)
         assert (late.status_code, late.headers["Retry-After"]) == (503, "1")
-        assert seconds < 4 * alone
-        assert best(post(service, PICTURE)) == ["left"]  # the images that nobody waits for are not worked on
+        assert "0.3 seconds" in reason(late)
+        assert post(service, b"no picture", *[PICTURE] * 15).status_code == 400
+        time.sleep(1)
+        assert predicted(service) < 8  # some 3, which were begun, of 31
 
 
 # --- replacement and stop ---------------------------------------------------------------------------------------------
@@ -473,11 +432,9 @@ def test_a_replaced_model_answers_without_a_failed_request_and_a_damaged_one_doe
                     time.sleep(0.7)
                     path.write_bytes(versions[number])
                     service.wait_for(f"loaded {path}")
-                    service.log.clear()
                 for damaged in (versions[1][:-1000], stand_in(classes=["too", "few"])):
                     path.write_bytes(damaged)
                     service.wait_for("the former model goes on")
-                    service.log.clear()
             finally:
                 ends.set()
         assert [shot.result() for shot in shots] == [None] * 3
@@ -490,22 +447,43 @@ def test_a_replaced_model_answers_without_a_failed_request_and_a_damaged_one_doe
         assert best(post(service, PICTURE)) == ["2 left"]
 
 
+def hear(connection: socket.socket) -> bytes:
+    """Receive one short answer, whose head and body may come apart."""
+    received = b""
+    while not received.endswith(b"}"):
+        piece = connection.recv(65536)
+        assert piece, received
+        received += piece
+    return received
+
+
 def test_a_stop_answers_all_that_was_sent(slow_model: Path) -> None:
-    with Served(slow_model, workers=1, batch=1, drain_seconds=0.5) as service, requests.Session() as idle:
+    with ExitStack() as stack:
+        service = stack.enter_context(Served(slow_model, workers=1, batch=1, drain_seconds=0.5))
+        idle, pool = stack.enter_context(requests.Session()), stack.enter_context(ThreadPoolExecutor(4))
         assert idle.get(f"{service.url}/readyz", timeout=5).json() == {"status": "ready"}
-        with ThreadPoolExecutor(4) as pool:
-            sent = [pool.submit(post, service, PICTURE) for _ in range(4)]
-            time.sleep(0.2)
-            service.process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
-            leaving = idle.get(f"{service.url}/readyz", timeout=5)
-            late = post(service, PICTURE)
-            answers = [answer.result() for answer in sent]
+        new, begun = (stack.enter_context(socket.create_connection(service.address, timeout=5)) for _ in range(2))
+        begun.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert hear(begun).startswith(b"HTTP/1.1 200 ")
+        begun.sendall(b"GET /healthz HTTP/1.1\r\n")
+        sent = [pool.submit(post, service, PICTURE) for _ in range(4)]
+        time.sleep(0.2)
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        leaving = idle.get(f"{service.url}/readyz", timeout=5)
+        late = post(service, PICTURE)
+        time.sleep(max(0, 0.8 - late.elapsed.total_seconds()))  # now nothing new is accepted any more
+        new.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        begun.sendall(b"Host: x\r\n\r\n")
+        for connection in (new, begun):
+            answer = hear(connection)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"connection: close" in answer
+        assert [best(answer.result()) for answer in sent] == [["left"]] * 4
+        assert best(late) == ["left"]
         assert (leaving.status_code, leaving.headers["Connection"]) == (503, "close")
         assert "stopping" in reason(leaving)
-        assert [best(answer) for answer in [*answers, late]] == [["left"]] * 5
-        assert service.process.wait(5) == 0
-        service._listener.join(5)
+        assert service.stop() == 0
         assert service.log[-1] == "service: stopped\n"
 
 
