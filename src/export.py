@@ -6,6 +6,7 @@ mirror image, temperature and softmax. What is in no graph is in its metadata, a
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,14 +205,14 @@ def quantize(model: onnx.ModelProto, images: Table, *, batch: int, metadata: dic
     """Give the same model with weights and activations of 8 bits (static quantization, Jacob et al. 2018).
 
     images: of validation; up to 512 of them, from all over, tell the range of each activation. Weights get 7 bits,
-    since sums of products of 8 overflow on x86 CPUs without VNNI instructions. The first layer, which costs little,
-    stays as it is: with it, one of 175 cats and dogs got another answer, and the largest difference was twice as large.
+    since sums of products of 8 overflow on x86 CPUs without VNNI instructions. The first layer and the shortcuts stay
+    as they are: with them, 3.1 % of 2,081 animals got another answer instead of 0.6 %.
     """
     kinds = ["Conv", "Gemm", "MatMul"]
     nodes = list(model.graph.node)
     first = next(node.name for node in nodes if node.op_type in kinds)
     answered = max(number for number, node in enumerate(nodes) if node.op_type == "Softmax")
-    kept = [first, *(node.name for node in nodes[answered:])]  # and the heat map's
+    kept = [first, *_shortcuts(model), *(node.name for node in nodes[answered:])]  # and the heat map's
     picks = torch.linspace(0, len(images) - 1, min(len(images), 512)).long().split(batch)
     with TemporaryDirectory() as folder:
         plain, augmented, ranges_file, done = (Path(folder, name) for name in ("plain", "augmented", "ranges", "done"))
@@ -239,6 +240,14 @@ def quantize(model: onnx.ModelProto, images: Table, *, batch: int, metadata: dic
             calibration_cache_path=ranges_file,
         )
         return finish(onnx.load(done), metadata)
+
+
+def _shortcuts(model: onnx.ModelProto) -> list[str]:
+    """Name the convolutions of one pixel beside another one: those of a residual block's shortcut."""
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    shapes = {initializer.name: initializer.dims for initializer in model.graph.initializer}
+    beside = Counter(node.input[0] for node in convolutions)
+    return [node.name for node in convolutions if beside[node.input[0]] > 1 and [*shapes[node.input[1]]][2:] == [1, 1]]
 
 
 class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
