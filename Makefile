@@ -1,6 +1,7 @@
 # `make repro` and `make test` need only Python 3.11 to 3.13 (another name: make repro PYTHON=python3.12) and make.
 PYTHON ?= python3
 VENV := .venv
+MODULES := app/node_modules/.package-lock.json
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: repro serve verify test torture portable real bench parity load lint
@@ -9,8 +10,7 @@ repro: $(VENV)/ready
 	dvc repro
 
 # The model as a web service, with its page, at http://127.0.0.1:8000; npm, where it is there, adds the phone app.
-serve: $(VENV)/ready
-	@! command -v npm > /dev/null || npm ci --prefix app --omit=dev --ignore-scripts --no-audit --no-fund
+serve: $(VENV)/ready $(MODULES)
 	dvc repro export
 	python -m app.service
 
@@ -19,7 +19,7 @@ verify: $(VENV)/ready
 	python -m tools.verify $(REV)
 
 # A process a core, each with one thread: two of each hinder one another (9 minutes instead of 4 on two cores).
-test: $(VENV)/ready
+test: $(VENV)/ready $(MODULES)
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
 
 # Kills training at 25 random moments, in the workspace, --temp and the queue: does it end in the same bytes?
@@ -39,7 +39,7 @@ bench: $(VENV)/ready
 	python -m benchmarks.bench
 
 # Does each way of deployment answer as the evaluated model? Trains two models on the shared data the first time.
-parity: $(VENV)/ready
+parity: $(VENV)/ready $(MODULES)
 	python -m tests.parity
 
 # Loads, attacks, kills and replaces a running service on the loopback; takes 20 minutes of a quiet machine.
@@ -57,3 +57,7 @@ $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --requirement requirements.txt
 	touch $@
+
+# What the phone app runs, and what checks the page; without npm there is no phone app, and its tests are skipped.
+$(MODULES): app/package-lock.json
+	@! command -v npm > /dev/null || npm ci --prefix app --ignore-scripts --no-audit --no-fund

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from asyncio.events import TimerHandle
+from contextlib import suppress
 from functools import partial
 from threading import Event
 from types import FrameType
@@ -133,6 +134,11 @@ class Connection(HttpToolsProtocol):
         ]
         self._refused = True
         self._stop_waiting()
+        if (
+            self.cycle is not None and not self.cycle.response_complete
+        ):  # garbage follows a request that is answered yet
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         lines = [STATUS_LINE[status], *(name + b": " + value + b"\r\n" for name, value in fields), b"\r\n", content]
         self.transport.write(b"".join(lines))
         self.transport.write_eof()
@@ -171,6 +177,27 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or []:
             say(f"serves at {_address(listener)}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take the connections that the system has accepted, which it would reset, and end when all are answered."""
+        taken = []
+        for listener in sockets or []:
+            with suppress(OSError):  # when there is none left
+                while True:
+                    taken.append(listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in taken:
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._connect, connection)
+        await super().shutdown(sockets)
+
+    def _connect(self) -> asyncio.Protocol:
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
     async def on_tick(self, counter: int) -> bool:
         self.should_exit = time.monotonic() >= self._stop_at

@@ -1,9 +1,13 @@
 """What docs/ tells to type works as typed."""
 
 import re
+from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
+from app.settings import PREFIX, Settings
 from tests.helpers import ROOT
 from tests.project import Project
 
@@ -32,3 +36,21 @@ def test_a_network_of_ones_own_is_one_function_and_one_line(project: Project) ->
     # the channels; then the classes.
     expected = 25 * 16 + 32 + (32 * 4 + 4 + 4 * 32 + 32) + 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32 + 3 * 64 + 32 * 10 + 10
     assert project.json("metrics/train/metrics.json")["parameters"] == expected
+
+
+def test_the_model_file_is_asked_as_the_page_says(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    names: dict[str, Any] = {}
+    exec(blocks("deploy.md", "python")[0], names)
+    assert names["probabilities"].shape == (1, 10)
+    assert names["probabilities"].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_every_setting_and_file_that_the_page_names_is_there() -> None:
+    text = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+    named = re.findall(rf"{PREFIX}([A-Z_]+)", text)
+    assert len(named) >= 3
+    assert [name for name in named if name.lower() not in Settings.model_fields] == []
+    files = re.findall(r"\]\(\.\./([^)]+)\)", text)
+    assert len(files) >= 4
+    assert [name for name in files if not (ROOT / name).exists()] == []
