@@ -98,13 +98,14 @@ function work() {
 
 async function look(job) {
   say(job, "Looking …");
+  const key = secret();
   try {
     const answer = await (place() === "server" ? askServer(job.file) : askDevice(job.file));
     show(job, answer);
     done.push([job.file.name, answer]);
   } catch (error) {
     if (error.status === 401) {
-      askKey();
+      if (key === secret()) askKey(); // another picture may have asked for it already
       jobs.unshift(job);
     } else if ([429, 503].includes(error.status) && ++job.tries < PATIENCE) {
       say(job, `The service is busy; trying again in ${error.wait || 1} s`);
