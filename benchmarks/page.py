@@ -49,7 +49,7 @@ WHY = {
     "stands in the next chart beside it.",
     "train_vs_bare": "What is left is gathering and augmenting the batch, the metrics and the checkpoint, as the chart "
     "below shows.",
-    "evaluate_vs_forward": "What is left is gathering the batch and softmax in double precision.",
+    "evaluate_vs_forward": "What is left is gathering the batch.",
     "memory": "It is what the system counts for the processes, pages of files that it shares with them among them.",
 }
 """What is said of a ratio that misses what is wanted, by how its name begins, or by a part of it."""
