@@ -18,7 +18,7 @@ serve: $(VENV)/ready $(MODULES)
 verify: $(VENV)/ready
 	python -m tools.verify $(REV)
 
-# A process a core, each with one thread: two of each hinder one another (9 minutes instead of 4 on two cores).
+# A process a core, each with one thread: two threads each would hinder one another.
 test: $(VENV)/ready $(MODULES)
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist worksteal
 

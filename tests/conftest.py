@@ -24,9 +24,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project as it stands, cloned, with one epoch of the sample trained and committed."""
+    """The project as it stands, cloned, with one epoch of the sample, at half its size, trained and committed."""
     project = clone(tmp_path_factory.mktemp("trained"))
-    project.set(train__epochs=1, train__threads=1)
+    project.set(prepare__size=14, train__epochs=1, train__threads=1)
     project.dvc("repro")
     project.commit()
     return project.folder

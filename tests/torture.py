@@ -177,7 +177,7 @@ class Lurked:
     def run(self, seconds: float = SECONDS, **plan: object) -> str:
         """Type the place's command, with a plan for the killer, and wait for its end; `seconds` kill it, too."""
         self.plan.write_text(json.dumps(plan))
-        command = self.place.split()
+        command = [*self.place.split(), "plot"]
         if self.place != "dvc repro":
             command += [
                 "--name",
