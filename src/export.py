@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.batches import Table
-from src.evaluation import Codes, Probabilities
 from src.networks import Card, Dropout, Mean, Network, Resize
 
 OPSET = 20
@@ -269,7 +268,7 @@ def as_input(pixels: Tensor) -> dict[str, NDArray[np.uint8]]:
     return {INPUT: pixels.expand(-1, -1, -1, 3).contiguous().cpu().numpy()}
 
 
-def answer(file: Path, table: Table, *, batch: int, threads: int) -> Probabilities:
+def answer(file: Path, table: Table, *, batch: int, threads: int) -> NDArray[np.float64]:
     """Give the probabilities, (N, classes), that a file answers for prepared images."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3  # warnings of what nobody can change
@@ -278,7 +277,7 @@ def answer(file: Path, table: Table, *, batch: int, threads: int) -> Probabiliti
     return np.concatenate(found).astype(np.float64)
 
 
-def agreement(found: Probabilities, evaluated: Probabilities, codes: Codes) -> dict[str, float]:
+def agreement(found: NDArray[np.float64], evaluated: NDArray[np.float64], codes: NDArray[np.int64]) -> dict[str, float]:
     """Compare what a file answers with what the evaluated model does: (N, classes) each, and the truth, (N,).
 
     The largest difference is rounded up to one digit, and at least a millionth, since the CPU's kind changes the rest.

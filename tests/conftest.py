@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from src import environment, paths
 from src.runtime import run
@@ -25,11 +26,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project as it stands, cloned, with one epoch of the sample, at half its size, trained and committed."""
-    project = clone(tmp_path_factory.mktemp("trained"))
-    project.set(prepare__size=14, train__epochs=1, train__threads=1)
-    project.dvc("repro")
-    project.commit()
-    return project.folder
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{folder}.lock"):  # the processes of pytest-xdist share it
+        if not folder.exists():
+            project = clone(folder.with_suffix(".part"))
+            project.set(prepare__size=14, train__epochs=1, train__threads=1)
+            project.dvc("repro")
+            project.commit()
+            project.folder.rename(folder)
+    return folder
 
 
 @pytest.fixture

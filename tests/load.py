@@ -16,7 +16,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -547,13 +547,16 @@ def measure_bad(folder: Path, *, count: int) -> None:
 # --- kill, stop and replacement ---------------------------------------------------------------------------------------
 
 
+WAYS = [{"fresh": False, "pause": 0}, {"fresh": False, "pause": 0.02}, {"fresh": True, "pause": 0}] * 4
+"""Twelve clients: on one connection without and with pauses, and on a fresh one for each request."""
+
+
 @contextmanager
-def clients(address: tuple[str, int], contents: list[bytes]) -> Iterator[Run]:
-    """Twelve that ask all the while: on one connection without and with pauses, and on a fresh one for each request."""
+def clients(address: tuple[str, int], contents: list[bytes], ways: Sequence[dict[str, float]] = WAYS) -> Iterator[Run]:
+    """Clients that ask all the while."""
     run, ends = Run(), threading.Event()
 
     async def all_of_them() -> None:
-        ways = [{"fresh": False, "pause": 0}, {"fresh": False, "pause": 0.02}, {"fresh": True, "pause": 0}] * 4
         tasks = [ask_on(address, ends.is_set, contents, run, number=number, **way) for number, way in enumerate(ways)]
         await asyncio.gather(*tasks)
 
@@ -600,6 +603,14 @@ def measure_kill(folder: Path, *, times: int) -> None:
             service.stop()
         tell(f"{what}, {times} times", run, *kinds)
 
+    health, counts = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"], Counter[str]()
+    for _ in range(4 * times):
+        with Served(model, drain_seconds=0.2) as service, clients(service.address, health, 40 * WAYS[2:3]) as run:
+            time.sleep(0.6)
+            service.stop()
+        counts += run.counts
+    tell(f"a gentle stop while 40 clients connect for each request, {4 * times} times", Run(counts), "refused")
+
     with Served(model) as service, clients(service.address, contents) as run:
         for number in range(times):
             replace(model, (second, first)[number % 2])
@@ -608,7 +619,7 @@ def measure_kill(folder: Path, *, times: int) -> None:
             model.write_bytes(first[:-5000])
             service.wait_for("the former model goes on")
     tell(f"another model and a damaged one, {times} times each", run)
-    table("requests of twelve clients", rows)
+    table("requests, of twelve clients if not told otherwise", rows)
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
