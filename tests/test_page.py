@@ -142,8 +142,9 @@ def test_the_camera_takes_a_picture(served: Served, opens: Opens) -> None:
     assert page.evaluate("document.querySelector('#video').srcObject") is None, "the camera stays on"
 
 
-def test_an_answer_below_the_threshold_is_not_sure_in_words(served: Served, opens: Opens) -> None:
-    page = opens(served)
+@pytest.mark.parametrize("path", ["/", pytest.param("/?device", marks=on_device)])
+def test_an_answer_below_the_threshold_is_not_sure_in_words(served: Served, opens: Opens, path: str) -> None:
+    page = opens(served, path)
     page.set_input_files("#files", [{**picture("left"), "buffer": encode(Image.new("RGB", (40, 40), "gray"))}])
     expect(page.locator(".verdict")).to_contain_text("Not sure")
     expect(page.locator("#status")).to_contain_text("not sure, perhaps")
