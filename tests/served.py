@@ -100,6 +100,7 @@ def stand_in(*, sure_from: float = 0.5, heat: bool = True, products: int = 0, **
         "flat": np.array([-1, SIZE * SIZE]),
         "grid": np.array([-1, 4, SIZE // 4, 4, SIZE // 4]),
         "colours": np.array([3]),
+        "red first": np.array([1.5, 1.0, 0.5], np.float32),  # so that no two colours can be exchanged
         "cells": np.array([2, 4]),
         "all": np.array([0, 1]),
         "wide": np.full((768, 768), 1 / 768, np.float32),
@@ -111,7 +112,8 @@ def stand_in(*, sure_from: float = 0.5, heat: bool = True, products: int = 0, **
         helper.make_node("Resize", ["images", "", "", "sizes"], ["small"], mode="linear"),
         helper.make_node("Cast", ["small"], ["real"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["real", "scale"], ["light"]),
-        helper.make_node("ReduceMean", ["light", "colours"], ["gray"], keepdims=0),
+        helper.make_node("Mul", ["light", "red first"], ["weighed"]),
+        helper.make_node("ReduceMean", ["weighed", "colours"], ["gray"], keepdims=0),
         helper.make_node("Reshape", ["gray", "flat"], ["row"]),
         helper.make_node("MatMul", ["row", "halves"], ["sums"]),
         helper.make_node("ReduceMean", ["row", "all"], ["mean"], keepdims=0),
