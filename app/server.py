@@ -246,7 +246,8 @@ def _take_no_more(listener: socket.socket) -> None:
     flags, has_syn, ignore, take = (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 2**18)
     steps = b"".join(struct.pack("HBBI", *step) for step in (flags, has_syn, ignore, take))
     memory = ctypes.create_string_buffer(steps)
-    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(memory)))
+    with suppress(OSError):  # a sandbox may forbid it
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(memory)))
 
 
 def _inherits() -> bool:
