@@ -240,8 +240,8 @@ def listen(settings: Settings) -> socket.socket:
 def _take_no_more(listener: socket.socket) -> None:
     """Have Linux ignore who begins to connect from now on: their system tries again a second later.
 
-    One who connects between the last accept and the close is cut off else: 4 of 53,202 in 20 stops, 0 of 134,847 in 40
-    with it, while 40 clients connected anew for each request (`python -m tests.load kill`).
+    One who connects between the last accept and the close is cut off else. `python -m tests.load kill` stops a service
+    20 times while 40 clients connect anew for each request: it found 0 of 63,356 cut off, and 4 of 53,202 without this.
     """
     flags, has_syn, ignore, take = (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 2**18)
     steps = b"".join(struct.pack("HBBI", *step) for step in (flags, has_syn, ignore, take))

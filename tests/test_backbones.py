@@ -596,8 +596,8 @@ def test_the_recipe_of_cats_and_dogs_runs_through(tmp_path: Path) -> None:
     project.set(model__input_size=64, train__epochs=2, train__freeze=1, train__warmup=0, train__batch=16)
     project.set(train__threads=1)
     state = make_weights(project.folder / "data/weights/resnet50.tv2_in1k.safetensors", "timm/resnet50.tv2_in1k")
-    output = project.dvc("repro", "plot")
-    assert stages_run(output) == ["download", "prepare", "split", "train", "evaluate", "plot"]
+    output = project.dvc("repro")
+    assert stages_run(output) == ["download", "prepare", "split", "train", "evaluate", "plot", "export"]
     network, card = load(project.folder / paths.MODEL)
     assert (card.network, card.head, len(card.weights)) == ("timm/resnet50.tv2_in1k", [512], 64)
     assert network.backbone[-1].state_dict().keys() == {key for key in state if not key.startswith("fc.")}

@@ -1,13 +1,10 @@
-"""Whatever moment a run is killed at, the same command typed again goes on and ends in the same bytes.
-
-Two of the trials of `make torture`, which also kills in the queue.
-"""
+"""Whatever moment a run is killed at, the same command typed again goes on and ends in the same bytes."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.torture import STEP, WRITE, Trial, Undisturbed, leave_alone, torture
+from tests.torture import RENAME, STEP, WRITE, Trial, Undisturbed, leave_alone, torture
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +18,7 @@ def undisturbed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Undi
     [
         Trial("dvc repro", (WRITE,)),
         Trial("dvc exp run --temp", (STEP,)),
+        Trial("dvc exp run --queue", (RENAME,)),
     ],
     ids=lambda trial: f"{trial.place}, {' and '.join(trial.moments)}",
 )
