@@ -95,7 +95,7 @@ class Scene(NamedTuple):
         from src.params import load_params
 
         params = load_params(Path(f"recipes/{self.recipe}.yaml"))
-        augment = params.train.augment.model_copy(update={"size": self.seen})
+        augment = params.train.augment.model_copy(update={"image_size": self.seen})
         once = {"epochs": 1, "warmup": 0, "patience": 0, "schedule": "constant", "snapshot_every": 0}
         train = params.train.model_copy(update={"augment": augment, **once, **dict(self.changes)})
         settle(train)
@@ -359,7 +359,7 @@ def lay_out(recipe: str, name: str, files: Iterator[tuple[str, bytes]], *, size:
         (home / output).parent.mkdir(exist_ok=True, parents=True)
     archive.write(home / paths.RAW, files)
     params = yaml.safe_load(Path(f"recipes/{recipe}.yaml").read_text(encoding="utf-8"))
-    params["prepare"] |= {"size": size, "classes": {}}
+    params["prepare"] |= {"image_size": size, "classes": {}}
     params["train"] |= {"epochs": 1}
     (home / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     return home

@@ -262,7 +262,7 @@ def augment(images: Tensor, labels: Tensor, drawn: Draw, params: Augment, classe
     if not augments(params):
         return images, targets
     side = images.shape[1]
-    size, drawn = params.size or side, drawn.to(images.device)
+    size, drawn = params.image_size or side, drawn.to(images.device)
     # Sampled a channel at a time, which is three times faster on a CPU than pixels with their channels side by side.
     pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     pixels = F.grid_sample(pixels, _grid(drawn, side, size), padding_mode="border", align_corners=False)

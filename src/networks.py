@@ -317,4 +317,4 @@ def load(path: Path) -> tuple[Network, Card]:
 
 def _needs(fulfilled: bool, card: Card, expected: str) -> None:
     if not fulfilled:
-        raise PipelineError(f"prepare.size is {card.size}, but {card.network} expects {expected}")
+        raise PipelineError(f"prepare.image_size is {card.size}, but {card.network} expects {expected}")

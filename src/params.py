@@ -49,7 +49,7 @@ class Download(Section):
 class Prepare(Section):
     """How an image of the archive becomes pixels."""
 
-    size: Annotated[int, Field(ge=8, le=1024)]
+    image_size: Annotated[int, Field(ge=8, le=1024)]
     """Side of the prepared square images, in pixels."""
     channels: Literal[1, 3]
     """1: gray; 3: RGB."""
@@ -104,9 +104,9 @@ class Model(Section):
 class Augment(Section):
     """How each training image is changed, each by its own draw, on the device."""
 
-    size: CountOrOff
+    image_size: CountOrOff
     """Side of what training sees, in pixels: smaller costs less, and larger images are then known better (Touvron et
-    al. 2019). 0 keeps prepare.size."""
+    al. 2019). 0 keeps prepare.image_size."""
     flip: bool
     """Mirror it left to right with probability 1/2."""
     shift: CountOrOff

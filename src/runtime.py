@@ -64,7 +64,7 @@ def in_one_sentence() -> Iterator[None]:
         # torch's own error of a full GPU, known by its name, since most stages never import torch.
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        _stop("the memory is full; use a smaller train.batch, evaluate.batch or prepare.size")
+        _stop("the memory is full; use a smaller train.batch, evaluate.batch or prepare.image_size")
 
 
 def _stop(sentence: str) -> None:

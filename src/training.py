@@ -87,7 +87,7 @@ class Trainer:
     def __init__(self, network: Network, params: Train, fabric: Fabric) -> None:
         self.params, self.fabric = params, fabric
         self.network = network.to(memory_format=torch.channels_last)
-        _check_size(self.network, params.augment.size)
+        _check_size(self.network, params.augment.image_size)
         # A fused step takes the scale of float16 off the gradient by itself, too late for clipping and for Muon.
         late = params.clip > 0 or params.optimizer == "muon"
         scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
@@ -339,7 +339,8 @@ def _check_size(network: Network, size: int) -> None:
                 network.eval()(torch.zeros(1, size, size, network.mean.numel(), dtype=torch.uint8))
     except RuntimeError:
         raise PipelineError(
-            f"train.augment.size is {size}, but this network takes no images of other sides than prepare.size; set 0"
+            f"train.augment.image_size is {size}, but this network takes no images of other sides than "
+            "prepare.image_size; set 0"
         ) from None
 
 

@@ -18,7 +18,9 @@ def main() -> None:
         if others := listing.others:
             print(f"left aside, since no images by their names: {len(others):,} files, such as {others[0]!r}")
         with whole(paths.IMAGES, paths.INDEX, paths.REJECTED) as (table, index, rejected_list):
-            prepared = images.prepare(pool, paths.RAW, items, table, index, size=params.size, channels=params.channels)
+            prepared = images.prepare(
+                pool, paths.RAW, items, table, index, size=params.image_size, channels=params.channels
+            )
             bar = tqdm(prepared, "prepare", len(items), unit=" images", disable=None)
             rejected = [image for image in bar if image.reason]
             images.check_rejected(rejected, len(items), params.max_rejected)
@@ -26,7 +28,7 @@ def main() -> None:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["path", "reason"])
                 writer.writerows([image.item.path, image.reason] for image in rejected)
-    print(f"prepared {len(items) - len(rejected):,} images of {params.size} px, rejected {len(rejected):,}")
+    print(f"prepared {len(items) - len(rejected):,} images of {params.image_size} px, rejected {len(rejected):,}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(f"{folder}.lock"):  # the processes of pytest-xdist share it
         if not folder.exists():
             project = clone(folder.with_suffix(".part"))
-            project.set(prepare__size=14, train__epochs=1, train__threads=1)
+            project.set(prepare__image_size=14, train__epochs=1, train__threads=1)
             project.dvc("repro")
             project.commit()
             project.folder.rename(folder)

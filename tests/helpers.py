@@ -21,7 +21,7 @@ from src.params import Augment
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SMALL = {"size": 32, "channels": 3}
+SMALL = {"image_size": 32, "channels": 3}
 """A `prepare` section for photographs that keeps a test fast."""
 
 
@@ -33,7 +33,7 @@ EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1,
     "class_weights": True,
     "augment": {
-        "size": 24,
+        "image_size": 24,
         "flip": True,
         "shift": 2,
         "rotate": 15.0,
@@ -49,7 +49,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 OFF: dict[str, Any] = {
-    **{"size": 0, "flip": False, "shift": 0, "rotate": 0.0, "crop": 1.0, "stretch": 1.0},
+    **{"image_size": 0, "flip": False, "shift": 0, "rotate": 0.0, "crop": 1.0, "stretch": 1.0},
     **{"jitter": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0},
 }
 """A `train.augment` section that changes nothing."""

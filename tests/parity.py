@@ -38,15 +38,15 @@ SETTINGS: dict[str, dict[str, object]] = {
     "animals64": {
         "recipe": "animals10",
         "download__path": "data/animals64.zip",
-        "prepare__size": 64,
+        "prepare__image_size": 64,
         "prepare__classes": {},
         "train__epochs": 30,
-        "train__augment__size": 0,
+        "train__augment__image_size": 0,
     },
     "dogs-vs-cats-1000": {
         "recipe": "dogs-vs-cats",
         "download__path": "data/dogs-vs-cats-1000.zip",
-        "prepare__size": 288,
+        "prepare__image_size": 288,
         "model__name": "timm/tf_efficientnet_lite0",
         "model__weights": "weights/tf_efficientnet_lite0.safetensors",
         "train__epochs": 4,

@@ -569,7 +569,7 @@ def lock_of(text: str) -> dict[str, str]:
 def test_dvc_reruns_training_for_other_weights_and_finds_them_in_temporary_runs(tmp_path: Path) -> None:
     project = clone(tmp_path / "project")
     archive = photographs(tmp_path)
-    project.set(download__source="folder", download__path=str(archive), prepare__size=32, prepare__channels=3)
+    project.set(download__source="folder", download__path=str(archive), prepare__image_size=32, prepare__channels=3)
     project.set(model__name=RESNET, model__input_size=32, model__pretrained=True)
     project.set(train__epochs=2, train__freeze=1, train__batch=16, train__threads=1)
     file = project.folder / "data/weights/test_resnet.safetensors"
@@ -592,7 +592,7 @@ def test_dvc_reruns_training_for_other_weights_and_finds_them_in_temporary_runs(
 def test_the_recipe_of_cats_and_dogs_runs_through(tmp_path: Path) -> None:
     project = clone(tmp_path / "project")
     shutil.copy(project.folder / "recipes/dogs-vs-cats.yaml", project.folder / "params.yaml")
-    project.set(download__source="folder", download__path=str(photographs(tmp_path, broken=4)), prepare__size=64)
+    project.set(download__source="folder", download__path=str(photographs(tmp_path, broken=4)), prepare__image_size=64)
     project.set(model__input_size=64, train__epochs=2, train__freeze=1, train__warmup=0, train__batch=16)
     project.set(train__threads=1)
     state = make_weights(project.folder / "data/weights/resnet50.tv2_in1k.safetensors", "timm/resnet50.tv2_in1k")
@@ -609,7 +609,7 @@ def test_real_weights_tell_cats_from_dogs(tmp_path: Path) -> None:
     weights = ROOT.parent / "shared/weights/tf_efficientnet_lite0.safetensors"
     archive = shared("dogs-vs-cats-1000.zip")
     project = clone(tmp_path / "project")
-    project.set(download__source="folder", download__path=str(archive), prepare__size=224, prepare__channels=3)
+    project.set(download__source="folder", download__path=str(archive), prepare__image_size=224, prepare__channels=3)
     project.set(model__name="timm/tf_efficientnet_lite0", model__weights=str(weights), train__freeze=20)
     began = time.monotonic()
     project.dvc("repro")

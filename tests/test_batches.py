@@ -47,7 +47,7 @@ def noise(count: int, size: int, channels: int, seed: int = 0) -> Image:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
 
 
-ALL: dict[str, Any] = {name: value for name, value in EVERYTHING["augment"].items() if name != "size"}
+ALL: dict[str, Any] = {name: value for name, value in EVERYTHING["augment"].items() if name != "image_size"}
 
 
 def train_params(**changes: object) -> Train:
@@ -62,7 +62,7 @@ def changed(images: Image, params: Augment, seed: int = 0) -> tuple[Image, Draw]
     """Images augmented, and what was drawn for them; they are left as they were."""
     given_images, drawn = torch.from_numpy(images.copy()), drawn_for(len(images), params, seed)
     found, _ = augment(given_images, torch.zeros(len(images), dtype=torch.int64), drawn, params, 1)
-    side = params.size or images.shape[1]
+    side = params.image_size or images.shape[1]
     assert (found.dtype, found.shape) == (torch.uint8, (len(images), side, side, images.shape[3]))
     assert np.array_equal(given_images.numpy(), images)
     return found.numpy(), drawn
@@ -303,7 +303,7 @@ def test_a_crop_is_enlarged_to_the_whole_image() -> None:
 
 def test_what_training_sees_may_be_smaller_than_what_was_prepared() -> None:
     whole = portrait(64)
-    (half,), _ = changed(whole, augmented_by(size=32))
+    (half,), _ = changed(whole, augmented_by(image_size=32))
     # Half as wide and high: each pixel lies between four, and is their mean.
     expected = whole[0].astype(float).reshape(32, 2, 32, 2, 3).mean((1, 3))
     assert half.shape == (32, 32, 3)
@@ -311,7 +311,7 @@ def test_what_training_sees_may_be_smaller_than_what_was_prepared() -> None:
 
 
 def test_labels_are_mixed_by_the_area_that_a_smaller_image_shows() -> None:
-    images, targets, drawn = labelled(noise(8, 30, 1), augmented_by(size=13, cutmix=0.99))
+    images, targets, drawn = labelled(noise(8, 30, 1), augmented_by(image_size=13, cutmix=0.99))
     assert images.shape == (8, 13, 13, 1)
     places = (np.arange(13) + 0.5) / 13
     for target, box in zip(targets, drawn.patch.numpy(), strict=True):

@@ -526,7 +526,7 @@ def test_a_full_disk_stops_the_stage_in_one_sentence(small_disk: Path) -> None:
         [("images-idx3-ubyte", idx(digits()[0][::10])), ("labels-idx1-ubyte", idx(digits()[1][::10]))],
     )
     (small_disk / "data/images.npy").write_bytes(b"older")
-    assert_fails(small_disk, "prepare", "the disk is full", prepare={"size": 64, "channels": 3})
+    assert_fails(small_disk, "prepare", "the disk is full", prepare={"image_size": 64, "channels": 3})
 
 
 # --- interruption
@@ -617,7 +617,7 @@ def memory(folder: Path, raw: Path) -> tuple[float, float]:
     """The largest memory of the stage itself and of one worker, in MB."""
     (folder / "data").mkdir(parents=True)
     (folder / "data/raw.zip").symlink_to(raw)
-    done = run_stage(folder, "prepare", MEASURE.replace("\\\\", "\\"), prepare={"size": 64, "channels": 3})
+    done = run_stage(folder, "prepare", MEASURE.replace("\\\\", "\\"), prepare={"image_size": 64, "channels": 3})
     assert done.returncode == 0, done.stderr
     own, worker = (int(kilobytes) / 1e3 for kilobytes in (folder / "memory.txt").read_text().split())
     return own, worker

@@ -135,9 +135,9 @@ def test_prepared_pixels_arrive_as_channels_last_without_being_laid_out_anew() -
     ("card", "words"),
     [
         (replace(ARTICLE, network="resnet"), "model.name is 'resnet', expected one of article, keras_mnist"),
-        (replace(ARTICLE, size=31), "prepare.size is 31, but article expects at least 32"),
-        (replace(MNIST, size=9), "prepare.size is 9, but keras_mnist expects at least 10"),
-        (replace(RESIDUAL, size=15), "prepare.size is 15, but residual expects at least 16"),
+        (replace(ARTICLE, size=31), "prepare.image_size is 31, but article expects at least 32"),
+        (replace(MNIST, size=9), "prepare.image_size is 9, but keras_mnist expects at least 10"),
+        (replace(RESIDUAL, size=15), "prepare.image_size is 15, but residual expects at least 16"),
     ],
     ids=["unknown", "article", "keras_mnist", "residual"],
 )

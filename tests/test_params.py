@@ -59,12 +59,12 @@ def test_an_unknown_key_is_named_with_what_is_known(tmp_path: Path) -> None:
     assert said.startswith("train.learning_rate is unknown; known in its place: ")
     known = said.rpartition(": ")[2].split(", ")
     assert {"lr", "epochs", "seed"} < set(known)
-    assert "size" not in known
+    assert "image_size" not in known
 
 
 def test_an_unknown_key_below_a_section_is_named_with_what_is_known_there(tmp_path: Path) -> None:
     said = complaint(tmp_path, train={"augment": {"flipp": True}})
-    known = "crop, cutmix, erase, flip, jitter, mixup, rotate, shift, size, stretch"
+    known = "crop, cutmix, erase, flip, image_size, jitter, mixup, rotate, shift, stretch"
     assert said == f"train.augment.flipp is unknown; known in its place: {known}"
     said = complaint(tmp_path, train={"augment": {"crop": ..., "cropp": 0.5}})
     assert said.startswith("train.augment.cropp is unknown")
@@ -95,7 +95,7 @@ def test_of_a_misspelt_key_the_unknown_one_is_told_not_the_missing_one(tmp_path:
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    assert complaint(tmp_path, prepare={"size": ...}).startswith("prepare.size is missing; add it")
+    assert complaint(tmp_path, prepare={"image_size": ...}).startswith("prepare.image_size is missing; add it")
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1e-05", "1E-4", "+2e-4", "1.5e-4", "1.0e-4", "0.0001", "3.e-4"])
@@ -167,7 +167,7 @@ def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         ("split", "validation", float("nan"), "split.validation is nan (float): input should be"),
         ("split", "test", 0.9, "split.validation + test is 1, expected less than 1"),
         ("prepare", "max_rejected", float("nan"), "prepare.max_rejected is nan (float): input should be"),
-        ("prepare", "size", 7, "prepare.size is 7 (int): input should be greater than or equal to 8"),
+        ("prepare", "image_size", 7, "prepare.image_size is 7 (int): input should be greater than or equal to 8"),
         ("prepare", "channels", 2, "prepare.channels is 2 (int): input should be 1 or 3"),
         ("prepare", "classes", {0: None}, "prepare.classes.0"),
         ("prepare", "classes", {"cane": 3}, "prepare.classes.cane is 3 (int): input should be a valid string"),

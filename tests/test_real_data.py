@@ -64,7 +64,7 @@ def settle(project: Project, full: dict[str, object], quick: dict[str, object]) 
 def test_animals10_as_kaggle_has_it(fresh: Project) -> None:
     fresh.set(download__source="kaggle", download__dataset="alessiocorrado99/animals10", download__version=2)
     fresh.set(prepare__classes=ANIMALS10, train__batch=32)
-    settle(fresh, {"prepare__size": 128, "train__epochs": 20}, {"prepare__size": 64})
+    settle(fresh, {"prepare__image_size": 128, "train__epochs": 20}, {"prepare__image_size": 64})
     archive_file = DATA / "animals10-original-320.zip"
     with KaggleServer(dataset="alessiocorrado99/animals10", versions={2: archive_file}) as server:
         data = run(fresh, "animals10-original-320, Kaggle", "split", **server.env)
@@ -75,7 +75,7 @@ def test_animals10_as_kaggle_has_it(fresh: Project) -> None:
 
 def test_animals64_through_kaggle(fresh: Project) -> None:
     fresh.set(download__source="kaggle", download__dataset="someone/animals64", download__version=1)
-    settle(fresh, {"prepare__size": 64, "train__epochs": 10}, {"prepare__size": 32})
+    settle(fresh, {"prepare__image_size": 64, "train__epochs": 10}, {"prepare__image_size": 32})
     with KaggleServer(dataset="someone/animals64", versions={1: DATA / "animals64.zip"}) as server:
         data = run(fresh, "animals64, Kaggle", "split", **server.env)
     assert data["images"] == 10_450
@@ -83,7 +83,7 @@ def test_animals64_through_kaggle(fresh: Project) -> None:
 
 def test_dogs_and_cats_through_kaggle(fresh: Project) -> None:
     fresh.set(download__source="kaggle", download__dataset="someone/dogs-vs-cats", download__version=1)
-    settle(fresh, {"prepare__size": 128, "train__epochs": 20}, {"prepare__size": 32, "train__epochs": 1})
+    settle(fresh, {"prepare__image_size": 128, "train__epochs": 20}, {"prepare__image_size": 32, "train__epochs": 1})
     with KaggleServer(dataset="someone/dogs-vs-cats", versions={1: DATA / "dogs-vs-cats-1000.zip"}) as server:
         data = run(fresh, "dogs-vs-cats-1000, Kaggle", "plot", **server.env)
     assert data["images"] == 1_000
@@ -109,7 +109,7 @@ def test_a_folder_of_photographs(fresh: Project) -> None:
     with zipfile.ZipFile(DATA / "animals10-original-320.zip") as photographs:
         photographs.extractall(fresh.folder / "data/inbox")
     fresh.set(download__source="folder", train__batch=32)
-    settle(fresh, {"prepare__size": 128, "train__epochs": 20}, {"prepare__size": 32})
+    settle(fresh, {"prepare__image_size": 128, "train__epochs": 20}, {"prepare__image_size": 32})
     data = run(fresh, "animals10-original-320, folder", "split")
     assert data["images"] == 320
     shutil.rmtree(fresh.folder / "data/inbox/raw-img")

@@ -96,7 +96,7 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "digits",
             None,
-            "download.source=folder prepare.size=32 split.validation=0.2 train.seed=1",
+            "download.source=folder prepare.image_size=32 split.validation=0.2 train.seed=1",
             "sample_digits_seed1",
         ),
         ("digits", None, "split.seed=2", "sample_digits_split2"),

@@ -942,8 +942,10 @@ def test_starting_to_train_loads_no_library_that_it_does_not_need() -> None:
 
 
 def test_a_network_that_takes_one_size_alone_is_trained_on_no_other(data: Dataset) -> None:
-    smaller = {"augment": load_params().train.augment.model_copy(update={"size": 20})}
-    with pytest.raises(PipelineError, match=r"train\.augment\.size is 20, but this network takes no images of other"):
+    smaller = {"augment": load_params().train.augment.model_copy(update={"image_size": 20})}
+    with pytest.raises(
+        PipelineError, match=r"train\.augment\.image_size is 20, but this network takes no images of other"
+    ):
         a_trainer(a_network(data, name="keras_mnist"), **smaller)
     (record,) = fitted(data, a_network(data, name="residual", widths=[4, 8]), epochs=1, **smaller)
     assert record.validation_loss < 10

@@ -28,7 +28,7 @@ from typing import Any
 from tests.project import ROOT, Project, clone
 
 CHANGES: dict[str, object] = {
-    "prepare.size": 28,  # not the half of the tests' clone, whose epochs are too short for checkpoints by the clock
+    "prepare.image_size": 28,  # half of it, as in the tests, makes epochs too short for checkpoints by the clock
     "model.dropout": 0.25,
     "train.batch": 128,
     "train.checkpoint_minutes": 3.0e-3,
