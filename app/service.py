@@ -23,9 +23,9 @@ from app.batching import Batcher, Prediction, RequestError
 from app.edge import Edge, Rate
 from app.model import Model, Watched
 from app.server import Server, listen
-from app.settings import Settings, load_settings
+from app.settings import PREFIX, Settings, load_settings
 from app.uploads import Bodies, Pictures
-from src.runtime import in_one_sentence, say
+from src.runtime import Parser, in_one_sentence, say
 
 HERE = Path(__file__).resolve().parent
 PAGE, RUNTIME = HERE / "page", HERE / "node_modules/onnxruntime-web/dist"
@@ -277,6 +277,9 @@ def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about what clients send
     with in_one_sentence():
+        variables = ", ".join(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)
+        notes = f"It has no arguments; the environment sets it, as docs/deploy.md explains: {variables}."
+        Parser("python -m app.service", description="Serve models/model.onnx over HTTP.", epilog=notes).parse_args()
         settings, stopping, registry = load_settings(), Event(), CollectorRegistry()
         ProcessCollector(registry=registry)
         watched = Watched(settings.model, registry)

@@ -4,7 +4,6 @@ What is compared runs by turns, round after round, so that a machine that slows 
 benchmarks/results.json is the median of its rounds, with the smallest and the largest.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 from benchmarks import page, ways
 from benchmarks.ways import Scene, Way
 from src import paths
-from src.runtime import RESUME, PipelineError, in_one_sentence, say
+from src.runtime import RESUME, Parser, PipelineError, in_one_sentence, say
 
 RESULTS = Path("benchmarks/results.json")
 
@@ -34,7 +33,7 @@ OURS = Scene("animals10", "animals64", images=5_120, size=80, seen=64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description="Measure speed and memory.")
+    parser = Parser(prog="python -m benchmarks.bench", description="Measure speed and memory.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all, where none is named")
     parser.add_argument("--rounds", type=int, default=5)
     words = parser.parse_args()
@@ -249,7 +248,7 @@ def growing(rounds: int) -> Figures:
                 found.setdefault(f"{stage}_{times}x_seconds", []).append(seconds)
                 found.setdefault(f"{stage}_{times}x_memory", []).append(memory)
     for times, home in homes.items():
-        found[f"images_{times}x"] = [float(sum(1 for _ in (home / paths.INDEX).open()) - 1)]
+        found[f"images_{times}x"] = [float(sum(1 for _ in (home / paths.INDEX).open("rb")) - 1)]
         shutil.rmtree(home)
     for stage in ("prepare", "train"):
         found[f"{stage}_memory_16x_vs_1x"] = ratio(found, f"{stage}_16x_memory", f"{stage}_1x_memory")

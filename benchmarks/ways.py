@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import yaml
 from PIL import Image
 
-from src import archive, images, paths
+from src import archive, images, paths, yaml12
 from src.provenance import hash_file
 
 Way = Callable[[], float | dict[str, float]]
@@ -358,10 +357,10 @@ def lay_out(recipe: str, name: str, files: Iterator[tuple[str, bytes]], *, size:
     for output in (paths.RAW, paths.INDEX, paths.DATA_METRICS):
         (home / output).parent.mkdir(exist_ok=True, parents=True)
     archive.write(home / paths.RAW, files)
-    params = yaml.safe_load(Path(f"recipes/{recipe}.yaml").read_text(encoding="utf-8"))
+    params = yaml12.read(Path(f"recipes/{recipe}.yaml"))
     params["prepare"] |= {"image_size": size, "classes": {}}
     params["train"] |= {"epochs": 1}
-    (home / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    (home / "params.yaml").write_text(yaml12.dump(params), encoding="utf-8")
     return home
 
 

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from src.params import Model
+from src.params import TIMM, Model
 from src.runtime import PipelineError, home, watch
-
-PREFIX = "timm/"
-"""How the names of backbones begin in model.name."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def layer_groups(backbone: nn.Module, *, weight_decay: float, layer_decay: float
 
 
 def _known(name: str) -> str:
-    return name.removeprefix(PREFIX)
+    return name.removeprefix(TIMM)
 
 
 def _config(name: str) -> Any:
@@ -117,10 +114,6 @@ def _config(name: str) -> Any:
     import timm
 
     known = _known(name)
-    if not timm.is_model(known):
-        similar = timm.list_models(f"*{known.partition('.')[0][:5]}*")[:5]
-        hint = f"such as {', '.join(similar)}" if similar else "see https://huggingface.co/timm"
-        raise PipelineError(f"model.name is {name!r}, but timm knows no {known!r}; {hint}")
     try:
         return timm.models.get_pretrained_cfg(known, allow_unregistered=False)
     except RuntimeError:

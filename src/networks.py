@@ -1,4 +1,4 @@
-"""The networks, as lists that one can read. Adding one is a function here and its name in NETWORKS.
+"""The networks, as lists that one can read. Adding one is a function and its name here, and its name in src/params.py.
 
 Every network takes uint8 pixels as prepared, (N, S, S, C), and gives logits, (N, classes): normalisation is its first
 layer, so that training, evaluation and deployment share one contract.
@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from src import backbones
-from src.params import Model
+from src.params import TIMM, Model, smallest_image
 from src.runtime import PipelineError, mirror
 
 
@@ -45,7 +45,6 @@ class Card:
 
 def article(card: Card) -> list[nn.Module]:
     """The Animals-10 tutorial's network: 2,232,554 parameters at 128 px, RGB and 10 classes."""
-    _needs(card.size >= 32, card, "at least 32, since it halves the image five times")
     widths = [card.channels, 16, 32, 64, 128, 256]
     # The tutorial pools after the ReLU. The two commute; pooled first, the ReLU touches a quarter of the memory.
     blocks = [[nn.Conv2d(narrow, wide, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()] for narrow, wide in pairwise(widths)]
@@ -61,7 +60,6 @@ def article(card: Card) -> list[nn.Module]:
 
 def keras_mnist(card: Card) -> list[nn.Module]:
     """The Keras MNIST tutorial's network: 225,034 parameters at 28 px, gray and 10 classes."""
-    _needs(card.size >= 10, card, "at least 10")
     side = ((card.size - 2) // 2 - 2) // 2
     return [
         nn.Conv2d(card.channels, 32, 3),
@@ -86,7 +84,6 @@ def residual(card: Card) -> list[nn.Module]:
     that a network may see images of other sizes than it was trained on.
     """
     widths, stride = [max(1, card.widths[0] // 2), *card.widths], max(1, card.size // 64)
-    _needs(card.size >= 2 ** len(widths), card, f"at least {2 ** len(widths)}, since it halves the image so often")
     layers = [*convolution(card.channels, widths[0], side=max(3, 2 * stride - 1), stride=stride), nn.ReLU()]
     for narrow, wide in pairwise(widths):
         layers += [nn.AvgPool2d(2, ceil_mode=True), Residual(narrow, wide)]
@@ -217,9 +214,9 @@ def build(
 ) -> Network:
     """Build a network whose weights are yet to be drawn or loaded; a backbone brings its own mean and deviation.
 
-    Raises PipelineError for an unknown name, or a size that the network cannot have.
+    Raises PipelineError for images that are too small for the network.
     """
-    if card.network.startswith(backbones.PREFIX):
+    if card.network.startswith(TIMM):
         found = backbones.make_backbone(card.network, channels=card.channels, size=card.input_size, generator=generator)
         head: list[nn.Module] = []
         for narrow, wide in pairwise([found.features, *card.head]):
@@ -227,8 +224,8 @@ def build(
         head += [Dropout(card.dropout), nn.Linear([found.features, *card.head][-1], len(card.classes))]
         body = [Resize(found.size), found.module]
         return Network(head, mean=found.mean, deviation=found.deviation, backbone=body)
-    if card.network not in NETWORKS:
-        raise PipelineError(f"model.name is {card.network!r}, expected one of {', '.join(NETWORKS)}, or timm/NAME")
+    if card.size < (smallest := smallest_image(card.network, card.widths)):
+        raise PipelineError(f"the images have {card.size} px, but {card.network} expects at least {smallest}")
     return Network(NETWORKS[card.network](card), mean=mean, deviation=deviation)
 
 
@@ -313,8 +310,3 @@ def load(path: Path) -> tuple[Network, Card]:
         reason = str(error).partition("\n")[0]
         raise PipelineError(f"{path} is no model of this pipeline ({reason}); `dvc repro -f train` makes it") from None
     return network.eval(), card
-
-
-def _needs(fulfilled: bool, card: Card, expected: str) -> None:
-    if not fulfilled:
-        raise PipelineError(f"prepare.image_size is {card.size}, but {card.network} expects {expected}")

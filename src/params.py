@@ -1,20 +1,35 @@
 """params.yaml as frozen, typed sections: the manual of every knob, and the only reader of that file."""
 
+import importlib.util
+import os.path
 import re
+from collections.abc import Iterator, Sequence
+from datetime import date
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from src import paths
+from src import paths, yaml12
 from src.runtime import PipelineError
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrOff = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+CountOrOff = Annotated[int, Field(ge=0, le=1_000_000)]
+SizeOrOff = Annotated[int, Field(ge=0, le=4096)]
+Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Device = Literal["auto", "cuda", "mps", "cpu"]
+
+
+TIMM = "timm/"
+"""How the names of timm's backbones begin in model.name."""
+NETWORKS = ("article", "keras_mnist", "residual")
+"""The functions of src/networks.py, named here for the stages that do not load torch."""
+FIXED_SIZE = ("article", "keras_mnist")
+"""Networks that take images of one size alone, since their first fully connected layer has a weight for each pixel."""
 
 
 class Section(BaseModel):
@@ -34,11 +49,16 @@ class Download(Section):
     """kaggle: the data set's version, 1 or more; else unused."""
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
     """kaggle: the archive's SHA-256 as 64 hexadecimal digits; '' accepts any and prints the one found."""
-    path: str
+    path: Text
     """folder: a folder of class folders, or of one zip, or a zip: data/inbox, or an absolute path anywhere."""
 
     @model_validator(mode="after")
-    def _kaggle_is_pinned(self) -> "Download":
+    def _source_is_complete(self) -> "Download":
+        _refuse_home("path", self.path)
+        if self.source != "kaggle" and self.sha256:
+            raise ValueError(
+                f"sha256 is set, but only an archive of kaggle is compared with it, not {self.source}; set ''"
+            )
         if self.source == "kaggle" and (self.dataset.count("/") != 1 or not all(self.dataset.split("/"))):
             raise ValueError("dataset: expected owner/slug, such as alessiocorrado99/animals10")
         if self.source == "kaggle" and self.version < 1:
@@ -53,9 +73,9 @@ class Prepare(Section):
     """Side of the prepared square images, in pixels."""
     channels: Literal[1, 3]
     """1: gray; 3: RGB."""
-    include: str
+    include: Text
     """Which files of the archive to use, as a shell pattern on the path inside it; '*' uses all."""
-    classes: dict[str, str | None]
+    classes: dict[str, Text | None]
     """Class folder: name of the class; null leaves the folder out; folders not named here keep their name."""
     max_rejected: Share
     """Largest share of files that may be broken before the stage fails."""
@@ -84,32 +104,54 @@ class Model(Section):
     """The network."""
 
     name: str
-    """A function of src/networks.py (article, keras_mnist, residual), or timm/NAME for a backbone of timm."""
+    """A function of src/networks.py (one of NETWORKS), or timm/NAME for a backbone of timm."""
     widths: Annotated[list[Count], Field(min_length=1)]
     """residual: channels of each stage."""
-    depth: Count
+    depth: Annotated[int, Field(ge=1, le=1000)]
     """residual: blocks a stage."""
     dropout: Share
     """Share of the features that are set to zero in training."""
     pretrained: bool
     """timm: begin with pretrained weights; false draws them."""
-    weights: str
+    weights: Text
     """timm: a file of weights, or a folder with NAME.safetensors; else the hub's cache, or the hub."""
-    input_size: CountOrOff
+    input_size: SizeOrOff
     """timm: side to which the backbone has the images resized; 0 takes the one of its own configuration."""
     head: list[Count]
     """timm: widths of the fully connected layers between backbone and classes."""
+
+    @model_validator(mode="after")
+    def _network_exists(self) -> "Model":
+        _refuse_home("weights", self.weights)
+        if self.name not in NETWORKS and not (self.is_timm and self._architecture in _architectures()):
+            expected = f"{', '.join(NETWORKS)}, or timm/NAME"
+            raise ValueError(f"name is {self.name!r}, expected {expected}{self._near()}")
+        return self
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the network is a backbone of timm."""
+        return self.name.startswith(TIMM)
+
+    @property
+    def _architecture(self) -> str:
+        return self.name.removeprefix(TIMM).partition(".")[0]
+
+    def _near(self) -> str:
+        known = {name: name for name in NETWORKS} | {name: f"{TIMM}{name}" for name in _architectures()}
+        near = get_close_matches(self._architecture.lower(), known, n=1)
+        return f"; did you mean {known[near[0]]}?" if near else "; https://huggingface.co/timm lists them"
 
 
 class Augment(Section):
     """How each training image is changed, each by its own draw, on the device."""
 
-    image_size: CountOrOff
+    image_size: SizeOrOff
     """Side of what training sees, in pixels: smaller costs less, and larger images are then known better (Touvron et
     al. 2019). 0 keeps prepare.image_size."""
     flip: bool
     """Mirror it left to right with probability 1/2."""
-    shift: CountOrOff
+    shift: SizeOrOff
     """Move it by up to so many pixels each way; what comes in from outside repeats the edge."""
     rotate: Annotated[float, Field(ge=0, le=180)]
     """Turn it by up to so many degrees each way."""
@@ -180,7 +222,7 @@ class Train(Section):
     """auto: mixed bf16 where the device has it (on CPUs only without portable), 16 on older CUDA devices, else 32."""
     compile: bool
     """Compile the network (torch.compile): slower to start, faster a step on most GPUs."""
-    threads: CountOrOff
+    threads: Annotated[int, Field(ge=0, le=1024)]
     """Threads of the CPU; another number gives other last bits. 0 takes one for each core of the machine."""
     portable: bool
     """The same bytes on every x86-64 CPU with AVX2, for the same number of threads; false lets each do its best."""
@@ -189,7 +231,9 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Train":
-        if self.schedule == "wsd" and self.warmup + self.decay > self.epochs:
+        if self.decay and self.schedule != "wsd":
+            raise ValueError(f"decay is {self.decay}, but schedule {self.schedule} has none; set 0, or schedule: wsd")
+        if self.warmup + self.decay > self.epochs:
             raise ValueError(
                 f"warmup + decay is {self.warmup + self.decay}, expected at most train.epochs, {self.epochs}"
             )
@@ -229,19 +273,31 @@ class Params(Section):
     evaluate: Evaluate
     plot: Plot
 
+    @model_validator(mode="after")
+    def _network_takes_the_images(self) -> "Params":
+        name, prepared, seen = self.model.name, self.prepare.image_size, self.train.augment.image_size
+        smallest = smallest_image(name, self.model.widths)
+        for key, size in (("prepare.image_size", prepared), ("train.augment.image_size", seen or prepared)):
+            if size < smallest:
+                raise ValueError(f"{key} is {size}, but {name} expects at least {smallest}")
+        if name in FIXED_SIZE and seen not in (0, prepared):
+            raise ValueError(f"train.augment.image_size is {seen}, but {name} sees images of one size alone; set 0")
+        return self
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 and DVC do, which also writes such: PyYAML's YAML 1.1 takes it for text."""
+    @model_validator(mode="after")
+    def _only_backbones_have_their_settings(self) -> "Params":
+        off = {"model.input_size": 0, "model.head": [], "train.freeze": 0, "train.layer_decay": 1}
+        found = {key: getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in off}
+        if not self.model.is_timm and (unused := [f"{key}: {off[key]}" for key in off if found[key] != off[key]]):
+            raise ValueError(f"model.name is {self.model.name}, which is no backbone of timm; set {', '.join(unused)}")
+        return self
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
-)
-
-
-def parse(text: str) -> Any:
-    """Read YAML as params.yaml is read. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+def smallest_image(network: str, widths: Sequence[int]) -> int:
+    """Give the side, in pixels, of the smallest images that a network takes; backbones of timm resize theirs."""
+    # article halves them five times, residual once for each width and leaves two pixels.
+    smallest: dict[str, int] = {"article": 2**5, "keras_mnist": 10, "residual": 2 ** (len(widths) + 1)}
+    return smallest.get(network, 1)
 
 
 def load_params(path: Path = paths.PARAMS) -> Params:
@@ -250,35 +306,65 @@ def load_params(path: Path = paths.PARAMS) -> Params:
     Raises PipelineError with the key's name, the value found and what was expected.
     """
     try:
-        return Params.model_validate(parse(path.read_text(encoding="utf-8")))
+        return Params.model_validate(yaml12.read(path))
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing; `git checkout {path}` brings the default back") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
         # One mistake at a time; an unknown key first, since it is usually the reason why another one is missing.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        raise PipelineError(_explain(path, first["loc"], first["type"], first["msg"], first["input"])) from None
+        sentence = _explain(first["loc"], first["type"], first["msg"], first["input"])
+        raise PipelineError(f"{path}: {sentence}") from None
+    except ValueError as error:
+        raise PipelineError(f"{path} is not valid YAML: {error}") from None
 
 
-def _explain(path: Path, location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    key = ".".join(str(part) for part in location) or "the file"
+def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+    key = ".".join(str(part) for part in location if part != "[key]")
     message = message.removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if kind == "extra_forbidden":
-        return f"{path}: {key} is unknown; known in its place: {', '.join(_siblings(location))}"
+        section, _, _ = key.rpartition(".")
+        return f"{key} is unknown{_near(key)}; {section or 'the file'} has {', '.join(_keys_of(section))}"
     if kind == "missing":
-        return f"{path}: {key} is missing; add it (`git show HEAD:params.yaml` shows the whole file)"
+        return f"{key} is missing; add it (`git show HEAD:params.yaml` shows the whole file)"
     if kind == "value_error":
-        return f"{path}: {key}.{message}"
-    return f"{path}: {key} is {value!r} ({type(value).__name__}): {message}"
+        return ".".join(filter(None, [key, message]))
+    if kind == "string_type" and isinstance(value, bool | int | float | date):
+        message += f", so put it in quotes: {str(value)!r}"
+    return f"{key or 'the file'} is {value!r:.200} ({type(value).__name__}): {message}"
 
 
-def _siblings(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Params
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
-    return sorted(model.model_fields)
+def _refuse_home(key: str, path: str) -> None:
+    if path.startswith("~"):
+        expanded = os.path.expanduser(path)  # noqa: PTH111  # Path's own fails where there is no such user
+        raise ValueError(f"{key} is {path}, but DVC does not expand ~; write {expanded}")
+
+
+def _near(key: str) -> str:
+    """Suggest the key that was meant: one of that name elsewhere, one whose last word it is, or one spelt alike."""
+    known = list(_keys())
+    same = [name for name in known if re.search(rf"[._]{re.escape(key.rpartition('.')[2])}$", name)]
+    near = get_close_matches(key, same or known, n=1, cutoff=0.0 if same else 0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _keys(section: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _keys_of(section: str) -> list[str]:
+    return sorted(name for above, _, name in (key.rpartition(".") for key in _keys()) if above == section)
+
+
+@cache
+def _architectures() -> frozenset[str]:
+    """Read the names of timm's backbones from its sources, in 0.03 s: to import it takes seconds, and torch."""
+    spec = importlib.util.find_spec("timm")
+    assert spec
+    assert spec.origin
+    files = sorted(Path(spec.origin).with_name("models").rglob("*.py"))
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return frozenset(re.findall(r"^@register_model\s+def (\w+)", sources, re.MULTILINE))

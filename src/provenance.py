@@ -3,16 +3,14 @@
 import hashlib
 from pathlib import Path
 
-import yaml
-
-from src import paths
+from src import paths, yaml12
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def inputs_of(stage: str) -> dict[str, str]:
     """Give the SHA-256 of each file that a stage depends on by dvc.yaml; code, as it was when it was imported."""
-    return {name: _CODE[name] if name in _CODE else hash_file(Path(name)) for name in _declared(stage)}
+    return {name: _CODE[name] if name in _CODE else hash_file(Path(name)) for name in _files(stage)}
 
 
 def hash_file(path: Path) -> str:
@@ -31,7 +29,7 @@ class Sources:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.watched: list[Path] = []
-        self.before = self._look() | {name: _CODE[name] for name in _declared(stage) if name in _CODE}
+        self.before = self._look() | {name: _CODE[name] for name in _files(stage) if name in _CODE}
 
     def watch(self, file: Path) -> None:
         """Remember a file of the user's own, too, or that there is none."""
@@ -45,32 +43,32 @@ class Sources:
 
     def _look(self) -> dict[str, object]:
         code = _read_code()
-        deps = _declared(self.stage)
+        deps = _files(self.stage)
         found = {name: code.get(name) if name in _CODE else _identity(Path(name)) for name in deps}
         return found | {str(file): _identity(file) for file in self.watched} | _params(self.stage)
 
 
-def _stage(stage: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].get(
-        stage, {}
-    )
-    return found
+def declared(stage: str, *kinds: str) -> list[str]:
+    """List what dvc.yaml names for a stage under `deps`, `params`, `outs`, `metrics` or `plots`; nothing for others."""
+    entry = yaml12.read(ROOT / "dvc.yaml")["stages"].get(stage, {})
+    named = (item for kind in kinds for item in entry.get(kind, []))
+    return [next(iter(item)) if isinstance(item, dict) else item for item in named]
 
 
-def _declared(stage: str) -> list[str]:
+def _files(stage: str) -> list[str]:
     # A dep whose name is a param is the user's own: `fetch` watches the images, `pretrained_weights` its file.
-    return [dep for dep in _stage(stage).get("deps", []) if not dep.startswith("$")]
+    return [dep for dep in declared(stage, "deps") if not dep.startswith("$")]
 
 
 def _params(stage: str) -> dict[str, object]:
     """Each value of the stage's sections; a file that cannot be read now is one that changed."""
     try:
-        params = yaml.safe_load(paths.PARAMS.read_text(encoding="utf-8"))
-        sections = {section: params[section] for section in _stage(stage).get("params", [])}
+        params = yaml12.read(paths.PARAMS)
+        sections = {section: params[section] for section in declared(stage, "params")}
         return {
             f"{paths.PARAMS}: {section}.{key}": value for section in sections for key, value in params[section].items()
         }
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {f"{paths.PARAMS}": None}
 
 

@@ -1,16 +1,23 @@
 """What every stage shares: a user's mistake is one sentence, outputs appear whole or not at all, and of one source."""
 
+import argparse
 import errno
+import io
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import fill
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
-from src.provenance import Sources
+from src import paths, yaml12
+from src.provenance import Sources, declared
 
 RESUME = Path(".resume")
 """Where half downloads, checkpoints and locks outlive a run: below `home()`; neither git nor DVC sees it."""
@@ -24,16 +31,43 @@ _sources: Sources | None = None  # none outside of `run`, as in tests: there the
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`, alone in this folder, and watch what it is made of."""
+    """Run a stage's `main`, alone in this folder, and watch its inputs; --help explains the stage instead."""
     global _sources
     stage = Path(sys.argv[0]).stem
-    # A stage that outlived its killed `dvc repro` would otherwise write the same files as its successor.
-    with in_one_sentence(), alone(RESUME / f"{stage}.lock", f"another process still runs {stage} in this folder"):
-        _sources = Sources(stage)
-        try:
-            main()
-        finally:
-            _sources = None
+    with in_one_sentence():
+        if main.__module__ == "__main__":  # elsewhere, as in tests, the arguments belong to another program
+            _explain_on_request(stage)
+        # A stage that outlived its killed `dvc repro` would otherwise write the same files as its successor.
+        with alone(RESUME / f"{stage}.lock", f"another process still runs {stage} in this folder"):
+            _sources = Sources(stage)
+            try:
+                main()
+            finally:
+                _sources = None
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a script's arguments; a wrong one ends in one sentence and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Stop with the sentence alone, without the usage."""
+        say(f"{message}; `{self.prog} --help` lists the arguments")
+        raise SystemExit(2)
+
+
+def _explain_on_request(stage: str) -> None:
+    lines = {
+        "reads": [dep for dep in declared(stage, "deps") if not dep.startswith(("src/", "stages/"))],
+        "writes": declared(stage, "outs", "metrics", "plots"),
+        "params": declared(stage, "params"),
+    }
+    about = [fill(f"{kind + ':':8}{', '.join(names)}", 100, subsequent_indent=" " * 8) for kind, names in lines.items()]
+    Parser(
+        prog=f"python -m stages.{stage}",
+        description="\n".join([f"{sys.modules['__main__'].__doc__}\n", *about]),
+        epilog=f"`dvc repro {stage}` runs it when an input has changed; src/params.py explains the params.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
 
 
 def watch(file: Path) -> None:
@@ -44,11 +78,14 @@ def watch(file: Path) -> None:
 
 @contextmanager
 def in_one_sentence() -> Iterator[None]:
-    """Let what goes wrong for the user's reasons end in one sentence on stderr and exit code 1."""
+    """Turn the user's mistakes and the machine's limits into one sentence on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that a console of ASCII or cp1252 lacks is printed escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except PipelineError as error:
-        _stop(str(error))
+        _stop(f"{error}{_undo(str(error))}")
     except KeyboardInterrupt:
         _stop("interrupted; nothing was half-written, run the same command again to go on")
     except OSError as error:
@@ -61,10 +98,25 @@ def in_one_sentence() -> Iterator[None]:
             _stop(f"no permission{where} ({error.strerror}); allow it or choose another place")
         raise
     except (MemoryError, RuntimeError) as error:
-        # torch's own error of a full GPU, known by its name, since most stages never import torch.
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        # torch's own errors of a full GPU and a full RAM, known by their text, since most stages never import torch.
+        full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if not isinstance(error, MemoryError) and not full:
             raise
         _stop("the memory is full; use a smaller train.batch, evaluate.batch or prepare.image_size")
+
+
+def _undo(sentence: str) -> str:
+    """Say how to undo edits of params.yaml that a sentence names: a failed `dvc exp run -S` leaves its values there."""
+    try:
+        shown = subprocess.run(["git", "show", f"HEAD:./{paths.PARAMS}"], capture_output=True, encoding="utf-8")
+        committed, now = yaml12.flatten(yaml12.parse(shown.stdout)), yaml12.flatten(yaml12.read(paths.PARAMS))
+    except (OSError, ValueError, AttributeError):  # no git, no commit, or no params
+        return ""
+    edited = {key for key in committed | now if committed.get(key) != now.get(key)}
+    named = any(re.search(rf"\b{re.escape(key)}\b", sentence) for key in edited)
+    if not named or home().resolve() != Path.cwd().resolve():  # --temp and queued runs have a file of their own
+        return ""
+    return f"; `git checkout {paths.PARAMS}` undoes your edits there, and those of a failed `dvc exp run -S`"
 
 
 def _stop(sentence: str) -> None:

@@ -353,12 +353,12 @@ def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[st
     if name and not entries:
         yield f"{name}/", None
     for entry in entries:
-        inner = f"{name}/{entry.name}" if name else entry.name
         try:
-            inner.encode()
-        except UnicodeEncodeError:
+            own = os.fsencode(entry.name).decode()  # by the bytes: the locale may be another one
+        except UnicodeDecodeError:
             found = os.fsencode(entry.path)
             raise PipelineError(f"the name {found!r} is not valid UTF-8; rename it (convmv does it in bulk)") from None
+        inner = f"{name}/{own}" if name else own
         if entry.is_dir():
             if entry.is_symlink():
                 # Measured: DVC's hash of a folder leaves out what lies behind a link to a folder.

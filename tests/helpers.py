@@ -12,11 +12,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from src import archive
+from src import archive, yaml12
 from src.params import Augment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,11 +116,11 @@ def idx(array: NDArray[np.uint8]) -> bytes:
 
 def stage_command(folder: Path, stage: str, before: str = "", **sections: dict[str, Any]) -> list[str]:
     """Write a params.yaml with the changed sections; `before` is Python that the stage's process runs first."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = yaml12.read(ROOT / "params.yaml")
     params["train"]["threads"] = 1  # the tests run side by side
     for name, values in sections.items():
         params[name] = merged(params[name], values)
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, allow_unicode=True), encoding="utf-8")
+    (folder / "params.yaml").write_text(yaml12.dump(params), encoding="utf-8")
     if not before:
         return [sys.executable, "-m", f"stages.{stage}"]
     run = f"import runpy\n{before}\nrunpy.run_module('stages.{stage}', run_name='__main__', alter_sys=True)"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
+from src import yaml12
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,14 +47,14 @@ class Project:
     def set(self, **values: object) -> None:
         """Set params, written as section__key=value or section__section__key=value."""
         file = self.folder / "params.yaml"
-        params = yaml.safe_load(file.read_text(encoding="utf-8"))
+        params = yaml12.read(file)
         for name, value in values.items():
             *sections, key = name.split("__")
             section = params
             for inner in sections:
                 section = section[inner]
             section[key] = value
-        file.write_text(yaml.safe_dump(params, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        file.write_text(yaml12.dump(params), encoding="utf-8")
 
     def json(self, name: str) -> dict[str, object]:
         loaded: dict[str, object] = json.loads((self.folder / name).read_text(encoding="utf-8"))

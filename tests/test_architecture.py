@@ -7,16 +7,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
+
+from src import yaml12
 
 ROOT = Path(__file__).parent.parent
 
 ORDER = (
-    "paths provenance runtime params zipped archive sources images split batches backbones networks optimizers "
+    "paths yaml12 provenance runtime params zipped archive sources images split batches backbones networks optimizers "
     "schedules environment checkpoints training evaluation export figures"
 ).split()
 WITHOUT_TORCH = {
-    *("paths", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "split"),
+    *("paths", "yaml12", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "split"),
     *("schedules", "checkpoints", "figures"),
 }
 # Beyond the order: an evaluation that could train, or a decoder that needed a network, would be tangled, not wrong.
@@ -69,7 +70,7 @@ def _stage_problems(root: Path) -> Iterator[str]:
 
 
 def _dvc_problems(root: Path) -> Iterator[str]:
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = yaml12.read(root / "dvc.yaml")["stages"]
     scripts = {file.stem for file in (root / "stages").glob("*.py")}
     if scripts != set(stages):
         yield f"dvc.yaml and stages/ differ in {sorted(scripts ^ set(stages))}"
@@ -190,7 +191,7 @@ def _sections(script: Path, root: Path) -> set[str]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) == "load_params()"]
     named = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.value in calls]
     if len(named) < len(calls):
-        return set(yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")))
+        return set(yaml12.read(root / "params.yaml"))
     return {node.attr for node in named}
 
 

@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from src import paths
+from src import paths, yaml12
 from src.backbones import layer_groups, make_backbone
 from src.batches import Dataset, Table, count_steps, read_dataset
 from src.checkpoints import open_store
@@ -52,7 +51,7 @@ AUGMENTED = {"flip": True, "shift": 2, "crop": 0.5, "jitter": 0.2}
 
 def settings(**sections: dict[str, Any]) -> Params:
     """The default params with a tiny backbone, its head trained first, and with changes on top."""
-    values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values = yaml12.read(ROOT / "params.yaml")
     for section in ("model", "train"):
         values[section] |= SMALL[section] | sections.get(section, {})
     values["train"]["augment"] |= SMALL["augment"] | sections.get("augment", {})
@@ -60,7 +59,7 @@ def settings(**sections: dict[str, Any]) -> Params:
 
 
 def save_params(params: Params) -> None:
-    paths.PARAMS.write_text(yaml.safe_dump(params.model_dump()), encoding="utf-8")
+    paths.PARAMS.write_text(yaml12.dump(params.model_dump()), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -563,7 +562,7 @@ def photographs(folder: Path, broken: int = 0) -> Path:
 
 
 def lock_of(text: str) -> dict[str, str]:
-    return {dep["path"]: dep["md5"] for dep in yaml.safe_load(text)["stages"]["train"]["deps"]}
+    return {dep["path"]: dep["md5"] for dep in yaml12.parse(text)["stages"]["train"]["deps"]}
 
 
 def test_dvc_reruns_training_for_other_weights_and_finds_them_in_temporary_runs(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from app.settings import PREFIX, Settings
+from src import yaml12
 from tests.helpers import ROOT
 from tests.project import Project
 
@@ -30,7 +30,7 @@ def test_a_network_of_ones_own_is_one_function_and_one_line(project: Project) ->
     assert "shallow" in printed[1]
     lines = [row.split() for row in printed[2].splitlines() if "test.json" in row]
     assert any(row[1] == "accuracy" for row in lines)
-    params = yaml.safe_load(project.bytes("params.yaml"))
+    params = yaml12.read(project.folder / "params.yaml")
     assert params["model"]["name"] == "shallow"
     # 5x5 convolution and its norm, then the block: two 3x3 convolutions, a 1x1 shortcut, their norms, and what weighs
     # the channels; then the classes.

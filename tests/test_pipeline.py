@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from src import yaml12
 from tests.project import Project, stages_run
 
 
@@ -121,7 +121,7 @@ def test_more_epochs_continue_and_come_to_the_same_as_straight_through(project: 
     assert "going on after epoch 1 of 3" in output
     assert (project.bytes("models/model.safetensors"), project.git("status", "--short")) == before, "it is run aside"
     project.dvc("exp", "apply", "more")
-    assert yaml.safe_load(project.bytes("params.yaml"))["train"]["epochs"] == 3
+    assert yaml12.read(project.folder / "params.yaml")["train"]["epochs"] == 3
     assert project.bytes("dvc.lock") == straight.bytes("dvc.lock")
     assert project.git("diff", "--no-index", "--stat", "metrics", str(straight.folder / "metrics")) == ""
 

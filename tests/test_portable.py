@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
+from src import yaml12
 from src.environment import PORTABLE
 from tests.helpers import EVERYTHING, ROOT, contents, environment
 from tests.project import Project
@@ -32,7 +32,7 @@ def tiny(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = home.folder / "data/index.csv"
     pd.read_csv(index, dtype=str)[::8].to_csv(index, index=False, lineterminator="\n")
     home.set(train__schedule="cosine", train__threads=2)
-    params = yaml.safe_load(home.bytes("params.yaml"))["train"]
+    params = yaml12.read(home.folder / "params.yaml")["train"]
     assert (params["portable"], params["augment"]["flip"], params["augment"]["shift"]) == (True, True, 2)
     return home.folder
 

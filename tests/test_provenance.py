@@ -5,9 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from src import provenance
+from src import provenance, yaml12
 from src.provenance import Sources, inputs_of
 from tests.helpers import ROOT
 
@@ -30,9 +29,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def set_param(tree: Path, section: str, key: str, value: object) -> None:
     file = tree / "params.yaml"
-    params = yaml.safe_load(file.read_text(encoding="utf-8"))
+    params = yaml12.read(file)
     params[section][key] = value
-    file.write_text(yaml.safe_dump(params), encoding="utf-8")
+    file.write_text(yaml12.dump(params), encoding="utf-8")
 
 
 def append(name: str) -> Callable[[Path], None]:
@@ -95,7 +94,7 @@ def test_an_edit_that_is_taken_back_is_none(tree: Path) -> None:
 
 def test_the_inputs_are_all_that_dvc_yaml_names_with_the_code_that_was_imported(tree: Path) -> None:
     before = inputs_of("train")
-    deps = yaml.safe_load((tree / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
+    deps = yaml12.read(tree / "dvc.yaml")["stages"]["train"]["deps"]
     deps.remove("${model.weights}")  # the user's own, of which the model's card has the hash
     assert sorted(before) == sorted(deps)
     append("src/batches.py")(tree)

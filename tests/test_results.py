@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import yaml
 
+from src import yaml12
 from src.params import load_params
 from src.runtime import PipelineError
 from tests.helpers import ROOT, digits, idx, is_one_sentence, zip_of
@@ -41,7 +41,7 @@ def _keys(value: Any, above: str = "") -> set[str]:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_has_exactly_the_keys_of_params_yaml(recipe: Path) -> None:
     load_params(recipe)
-    params, default = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (recipe, ROOT / "params.yaml"))
+    params, default = (yaml12.read(path) for path in (recipe, ROOT / "params.yaml"))
     assert _keys(params) == _keys(default)
 
 
@@ -334,7 +334,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_the_clone_is_the_project_as_it_stands_with_the_params_of_the_run_and_none_of_its_results(run: Run) -> None:
-    assert yaml.safe_load((run.clone / "params.yaml").read_text(encoding="utf-8")) == run.params
+    assert yaml12.read(run.clone / "params.yaml") == run.params
     assert (run.clone / "src/params.py").read_bytes() == Path("src/params.py").read_bytes()
     assert not (run.clone / "metrics").exists()
     assert not (run.clone / "dvc.lock").exists()
@@ -380,7 +380,8 @@ def test_the_clock_begins_anew_with_the_training_and_only_then(run: Run) -> None
     second = what_trains(run.clone)
     (run.clone / "src/training.py").write_text("", encoding="utf-8")
     third = what_trains(run.clone)
-    (run.clone / "params.yaml").write_text(results.as_yaml(plan("sample", "x", None, ["train.lr=0.5"]).params))
+    changed = plan("sample", "x", None, ["train.lr=0.5"]).params
+    (run.clone / "params.yaml").write_text(yaml12.dump(changed), encoding="utf-8")
     assert len({first, second, third, what_trains(run.clone)}) == 4
 
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import optuna
 import psutil
 import pytest
-import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from src import yaml12
 from src.runtime import PipelineError
 from tests.helpers import ROOT, is_one_sentence
 from tests.project import Project, clone
-from tools.search import flatten, read_space, suggest
+from tools.search import read_space, suggest
 
 SEARCH = (sys.executable, "-m", "tools.search", "space.yaml")
 SPACE = {
@@ -73,7 +73,7 @@ def miniature(folder: Path) -> Project:
 
 
 def write_space(project: Project, space: object) -> None:
-    (project.folder / "space.yaml").write_text(yaml.safe_dump(space), encoding="utf-8")
+    (project.folder / "space.yaml").write_text(yaml12.dump(space), encoding="utf-8")
 
 
 def ran(project: Project) -> list[str]:
@@ -168,7 +168,7 @@ def test_each_trial_is_an_experiment_whose_params_are_those_it_tells(straight: S
 def test_what_the_space_fixes_and_what_is_not_committed_reaches_each_trial(straight: Searched) -> None:
     assert [line.split()[2] for line in ran(straight.project)] == ["256"] * 2
     ref = straight.project.git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/space-0").strip()
-    assert yaml.safe_load(straight.project.git("show", f"{ref}:params.yaml"))["model"]["dropout"] == 0.25
+    assert yaml12.parse(straight.project.git("show", f"{ref}:params.yaml"))["model"]["dropout"] == 0.25
 
 
 def test_the_workspace_is_left_alone(straight: Searched) -> None:
@@ -416,7 +416,7 @@ def test_ranges_of_nested_params_are_whole_where_both_ends_are(read: Callable[[s
     }
     assert list(space.ranges) == sorted(space.ranges)  # as the sampler goes through them
     assert space.fixed == {"train.augment.ops": False}
-    assert list(flatten({"a": {"b": {"c": 1}, "d": {}}})) == ["a.b.c", "a.d"]
+    assert list(yaml12.flatten({"a": {"b": {"c": 1}, "d": {}}})) == ["a.b.c", "a.d"]
 
 
 @pytest.mark.parametrize(
@@ -469,9 +469,9 @@ def test_words_that_cannot_be_meant_are_one_sentence(words: list[str], sentence:
 
 def test_in_a_fresh_clone_a_killed_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     project = clone(tmp_path)
-    pipeline = yaml.safe_load(project.bytes("dvc.yaml"))
+    pipeline = yaml12.read(project.folder / "dvc.yaml")
     stages = {name: pipeline["stages"][name] for name in ("download", "prepare", "split", "train")}  # to be fast
-    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(yaml12.dump({"stages": stages}), encoding="utf-8")
     write_space(project, {"train.lr": {"low": 1.0e-3, "high": 2.0e-3}, "train.epochs": 3, "train.threads": 1})
     command = [*SEARCH, "--trials", "1"]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
-from src import archive
+from src import archive, yaml12
 from tests.kaggle_server import KaggleServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,10 +69,10 @@ def with_outputs(folder: Path) -> Path:
 
 
 def command(folder: Path, source: str, **settings: object) -> list[str]:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yaml12.read(ROOT / "params.yaml")
     defaults = {"dataset": DATASET, "version": 2} if source == "kaggle" else {}
     params["download"] |= {"source": source, **defaults, **settings}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (folder / "params.yaml").write_text(yaml12.dump(params), encoding="utf-8")
     return [sys.executable, "-m", "stages.download"]
 
 

@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src import paths, training
+from src import paths, training, yaml12
 from src.batches import Dataset, Table, read_dataset, step_generator
 from src.checkpoints import Store
 from src.networks import Network, load, start
@@ -111,7 +110,7 @@ def test_training_twice_gives_the_same_bytes_in_another_process_and_folder(
     for name in first:
         (home.folder / name).unlink()
     monkeypatch.setenv("PYTHONHASHSEED", "1")
-    params = yaml.safe_load(home.bytes("params.yaml"))
+    params = yaml12.read(home.folder / "params.yaml")
     succeed(home.folder, "train", train=params["train"], model=params["model"])
     assert trained_outputs(home) == first
     assert sorted(first) == [
@@ -270,7 +269,7 @@ def test_a_damaged_state_costs_its_epoch_and_no_byte(
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_costs_no_byte(finished: Project, home: Project) -> None:
-    params = yaml.safe_load(home.bytes("params.yaml"))
+    params = yaml12.read(home.folder / "params.yaml")
     fill = """
 import errno, os
 real, left = os.fsync, [8]
@@ -332,7 +331,7 @@ def test_what_has_been_trained_to_its_end_is_written_again_without_a_step(
     for name in trained_outputs(home):
         (home.folder / name).unlink()
     stop_at_step(monkeypatch, 0)
-    params = yaml.safe_load(home.bytes("params.yaml"))
+    params = yaml12.read(home.folder / "params.yaml")
     home.set(train__threads=params["train"]["threads"])
     train_stage.main()
     assert trained_outputs(home) == trained_outputs(finished)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import save
 
+from src import yaml12
 from tests.helpers import is_one_sentence
 from tests.project import Project, stages_run
 from tools.difference import difference, digest
@@ -178,7 +178,7 @@ def tampered_then(copy: Callable[[str], Project]) -> tuple[Verified, str]:
 
 
 def test_a_committed_state_is_made_again_and_each_output_is_the_same(sound: Verified) -> None:
-    lock = yaml.safe_load(sound.project.bytes("dvc.lock"))["stages"]
+    lock = yaml12.read(sound.project.folder / "dvc.lock")["stages"]
     outputs = {out["path"]: "same" for stage in STAGES for out in lock[stage]["outs"]}
     assert {"models/model.safetensors", "metrics/train/plots", "plots/curves.png", "plots/report.html"} <= set(outputs)
     assert sound.status() == outputs | {"metrics/environment.json": "see below"}
@@ -350,7 +350,7 @@ def test_a_shallow_clone_with_changes_is_checked_out_without_its_results(
 
 
 def test_digests_are_those_of_dvc(trained: Path) -> None:
-    lock = yaml.safe_load((trained / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    lock = yaml12.read(trained / "dvc.lock")["stages"]
     outs = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
     assert {path: digest(trained / path) for path in outs} == outs
     assert digest(trained / "nothing") is None

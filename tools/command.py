@@ -32,7 +32,7 @@ def git(*words: str, otherwise: str) -> str:
     """Give what git prints; where it fails, raise the sentence `otherwise` with git's own reason."""
     # Within a hook, GIT_DIR and its like would turn each command for the clone into one for the caller's repository.
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    done = subprocess.run(["git", *words], env=env, capture_output=True, text=True)
+    done = subprocess.run(["git", *words], env=env, capture_output=True, text=True, errors="surrogateescape")
     # Without a word, `git stash create` ends with 1 where files have new times and nothing else (2.39).
     if done.returncode and done.stderr:
         raise PipelineError(f"{otherwise} ({done.stderr.strip()})")

@@ -5,7 +5,6 @@ faster and faster until the training breaks. It takes data, network, batch and e
 what `dvc repro split` makes, and changes nothing but the picture.
 """
 
-import argparse
 import itertools
 import math
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from src.batches import Table, batches, channel_statistics, read_dataset, step_g
 from src.environment import settle
 from src.networks import start
 from src.params import Train, load_params
-from src.runtime import PipelineError, in_one_sentence, whole
+from src.runtime import Parser, PipelineError, in_one_sentence, whole
 from src.training import Trainer, make_fabric
 
 MEMORY = 0.95
@@ -39,7 +38,7 @@ class Trial:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.find_lr", description="Try ever higher learning rates.")
+    parser = Parser(prog="python -m tools.find_lr", description="Try ever higher learning rates.")
     parser.add_argument("--lowest", type=float, default=1e-6, help="the first rate, %(default)s")
     parser.add_argument("--highest", type=float, default=1.0, help="the last rate, %(default)s")
     parser.add_argument("--steps", type=int, default=300, help="how many, %(default)s")

@@ -5,7 +5,6 @@ clone outlives a run that was cut off, so that the same command goes on. `write`
 the README's short table of these files: no figure is ever typed.
 """
 
-import argparse
 import filecmp
 import hashlib
 import importlib.metadata
@@ -23,12 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from src import paths
-from src.params import load_params, parse
+from src import paths, yaml12
+from src.params import load_params
 from src.provenance import hash_file
-from src.runtime import RESUME, PipelineError, alone, in_one_sentence, remove, say, whole
+from src.runtime import RESUME, Parser, PipelineError, alone, in_one_sentence, remove, say, whole
 from tools.command import dvc, environment, git, running
 from tools.tables import RESULTS, write
 from tools.verify import LOCK
@@ -82,7 +79,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.results", description="Record runs of recipes.")
+    parser = Parser(prog="python -m tools.results", description="Record runs of recipes.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train a recipe and record what it came to; goes on where it was cut off")
     run.add_argument("recipe", metavar="RECIPE", help="a file of recipes/, without .yaml")
@@ -110,7 +107,7 @@ def plan(recipe: str, data: str, label: str | None, words: list[str]) -> Run:
     if not (file := RECIPES / f"{recipe}.yaml").exists():
         raise PipelineError(f"{file} is missing; known are {', '.join(sorted(one.stem for one in RECIPES.iterdir()))}")
     load_params(file)
-    params = parse(file.read_text(encoding="utf-8"))
+    params = yaml12.read(file)
     seeds, typed, overrides = _seeds(params), dict[str, str](), dict[str, Any]()
     for word in words:
         key, sign, text = word.partition("=")
@@ -119,7 +116,7 @@ def plan(recipe: str, data: str, label: str | None, words: list[str]) -> Run:
         overrides[key] = override(params, key, text, file)
         typed[key] = str(public(overrides[key])) if _is_place(overrides[key]) else text
     with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
-        Path(file.name).write_text(as_yaml(params), encoding="utf-8")
+        Path(file.name).write_text(yaml12.dump(params), encoding="utf-8")
         load_params(Path(file.name))
 
     changed = {key for key, value in _seeds(params).items() if value != seeds[key]} or {"seed"}
@@ -141,8 +138,8 @@ def override(params: dict[str, Any], key: str, text: str, file: Path) -> Any:
     if not isinstance(section, dict) or last not in section:
         raise PipelineError(f"-S {key}={text}: {file} has no {key}")
     try:
-        value = parse(text)
-    except yaml.YAMLError:
+        value = yaml12.parse(text)
+    except ValueError:
         raise PipelineError(f"-S {key}={text}: {text!r} is not valid YAML") from None
     section[last] = str(Path(value).absolute()) if _is_path(value) else value
     return section[last]
@@ -154,11 +151,6 @@ def _is_path(value: Any) -> bool:
 
 def _is_place(value: Any) -> bool:
     return isinstance(value, str) and Path(value).is_absolute()
-
-
-def as_yaml(params: dict[str, Any]) -> str:
-    text: str = yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
-    return text
 
 
 def _seeds(params: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +191,7 @@ def record(run: Run, *, again: bool = False) -> None:
 def bring_up_to_date(run: Run) -> None:
     """Make the clone the project as it stands, with the run's params; what the pipeline made there stays."""
     clone, words = run.clone, ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    stages = parse(PIPELINE.read_text(encoding="utf-8"))["stages"].values()
+    stages = yaml12.read(PIPELINE)["stages"].values()
     entries = [entry for stage in stages for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
     made = {Path(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in entries} | {LOCK, paths.PARAMS}
 
@@ -216,7 +208,7 @@ def bring_up_to_date(run: Run) -> None:
         if not (clone / name).exists() or not filecmp.cmp(name, clone / name, shallow=False):
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(name, clone / name)
-    (clone / paths.PARAMS).write_text(as_yaml(run.params), encoding="utf-8")
+    (clone / paths.PARAMS).write_text(yaml12.dump(run.params), encoding="utf-8")
     # Each of the many clones would else keep its images twice.
     (clone / ".dvc/config.local").write_text("[cache]\n    type = reflink,hardlink,copy\n", encoding="utf-8")
     git("-C", str(clone), "add", "--all", otherwise="git cannot add the files of the clone")
@@ -246,8 +238,8 @@ def repro(run: Run) -> dict[str, Any]:
 
 def what_trains(clone: Path) -> str:
     """Hash all that dvc.yaml says the training depends on."""
-    stage = parse((clone / PIPELINE).read_text(encoding="utf-8"))["stages"]["train"]
-    params = parse((clone / paths.PARAMS).read_text(encoding="utf-8"))
+    stage = yaml12.read(clone / PIPELINE)["stages"]["train"]
+    params = yaml12.read(clone / paths.PARAMS)
     files = {dep: hash_file(clone / dep) for dep in stage["deps"] if (clone / dep).is_file()}
     parts = [files, {section: params[section] for section in stage["params"]}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,6 @@ and the trials before it, and those that ended are in `.resume/search/NAME.db`: 
 and comes to the same trials as a search that was never stopped.
 """
 
-import argparse
 import fcntl
 import json
 import math
@@ -24,15 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from src import paths
-from src.params import parse
+from src import paths, yaml12
 from src.provenance import hash_file
-from src.runtime import RESUME, PipelineError, home, in_one_sentence, remove, say
+from src.runtime import RESUME, Parser, PipelineError, home, in_one_sentence, remove, say
 from tools.command import dvc, git, running
 
 METRICS, OBJECTIVE = paths.TRAIN_LOG / "metrics.json", "best_validation_accuracy"
@@ -48,7 +45,7 @@ class Space(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.search", description="Search a space of params.")
+    parser = Parser(prog="python -m tools.search", description="Search a space of params.")
     parser.add_argument("space", metavar="SPACE.yaml", type=Path, help="ranges by param, as in docs/search.yaml")
     parser.add_argument("--trials", type=int, default=20, help="in all, with those that ended before (default: 20)")
     parser.add_argument("--name", help="of the search; its experiments begin with it (default: the file's name)")
@@ -82,7 +79,7 @@ def main() -> None:
 
 def read_space(file: Path) -> Space:
     """Read and check the ranges. Raises PipelineError with the param, what was found and what was expected."""
-    asked, known = _read(file), flatten(_read(paths.PARAMS))
+    asked, known = _read(file), yaml12.flatten(_read(paths.PARAMS))
     ranges, fixed = dict[str, BaseDistribution](), dict[str, Any]()
     for name in sorted(asked, key=str):  # the order of the file changes nothing
         if name not in known:
@@ -97,21 +94,12 @@ def read_space(file: Path) -> Space:
     return Space(ranges, fixed)
 
 
-def flatten(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give each value of nested sections by its dotted name, as `dvc exp run -S` takes it."""
-    flat = dict[str, Any]()
-    for key, value in params.items():
-        nested = isinstance(value, dict) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = parse(file.read_text(encoding="utf-8"))
+        found = yaml12.read(file)
     except FileNotFoundError:
         raise PipelineError(f"{file} is missing in {Path.cwd()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise PipelineError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(found, dict):
         raise PipelineError(f"{file} is no mapping of params, such as train.batch: {{choices: [32, 64]}}")
@@ -153,7 +141,7 @@ def lock(name: str) -> Iterator[int]:
     """
     path = _file(name).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -199,7 +187,7 @@ def _file(name: str) -> Path:
 
 def _pipeline(space: Space) -> dict[str, str]:
     files = git("ls-files", "src", "stages", "dvc.yaml", otherwise="this is no git repository").splitlines()
-    params = {key: repr(value) for key, value in flatten(_read(paths.PARAMS)).items()}
+    params = {key: repr(value) for key, value in yaml12.flatten(_read(paths.PARAMS)).items()}
     for key in space.ranges | space.fixed:  # which may differ, as after `dvc exp apply`
         del params[key]
     return params | {file: hash_file(Path(file)) for file in files if Path(file).exists()}
@@ -257,7 +245,7 @@ def clear(experiment: str, ref: str, params: dict[str, Any]) -> None:
                 remove(Path(info["root_dir"]))
     if git("for-each-ref", ref, otherwise="git cannot list the experiments"):
         text = git("show", f"{ref}:{paths.PARAMS}", otherwise=f"{experiment} has no {paths.PARAMS}")
-        if not params.items() <= flatten(parse(text)).items():
+        if not params.items() <= yaml12.flatten(yaml12.parse(text)).items():
             raise PipelineError(
                 f"{experiment} is already an experiment with other params; "
                 f"`dvc exp remove {experiment}`, or use another --name"

@@ -4,7 +4,6 @@ The revision, or without one the working tree as it stands, goes into a temporar
 resume store and no former result. There every stage runs again, and each output's hash is compared with dvc.lock.
 """
 
-import argparse
 import json
 import shutil
 import signal
@@ -15,10 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from src import paths
-from src.runtime import PipelineError, in_one_sentence
+from src import paths, yaml12
+from src.runtime import Parser, PipelineError, in_one_sentence
 from tools.command import dvc, environment, git, running
 from tools.difference import difference, digest
 
@@ -44,7 +41,7 @@ class Scene(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.verify", description="Make a recorded revision again.")
+    parser = Parser(prog="python -m tools.verify", description="Make a recorded revision again.")
     parser.add_argument("revision", metavar="REV", nargs="?", help="commit, branch or tag; else the working tree")
     revision = parser.parse_args().revision
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled CI job cleans up as Ctrl-C does
@@ -90,7 +87,7 @@ def check_out(scene: Scene) -> dict[str, Any]:
     done = subprocess.run(dvc("status", "--json"), cwd=clone, env=environment(clone), capture_output=True, text=True)
     if done.returncode:
         raise PipelineError(f"{name} is no pipeline that DVC can read: {done.stderr}")
-    lock: dict[str, Any] = yaml.safe_load((clone / LOCK).read_text(encoding="utf-8"))["stages"]
+    lock: dict[str, Any] = yaml12.read(clone / LOCK)["stages"]
     if stale := [*_changed(json.loads(done.stdout), lock), *_torn(lock)]:
         raise PipelineError(f"{name}: {LOCK} was not made with what lies beside it: {', '.join(stale)}; `dvc repro`")
     for path in _outs(lock):  # results in git step aside, so that whatever lies in their place later was made there
