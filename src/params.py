@@ -80,6 +80,12 @@ class Prepare(Section):
     max_rejected: Share
     """Largest share of files that may be broken before the stage fails."""
 
+    @model_validator(mode="after")
+    def _classes_are_noticed(self) -> "Prepare":
+        if ignored := sorted(self.classes.keys() & {"size", "nfiles"}):
+            raise ValueError(f"classes.{ignored[0]}: DVC overlooks changes of this key (dvc#10296); rename the folder")
+        return self
+
 
 class Split(Section):
     """Which images train, which choose, which judge."""
@@ -344,7 +350,7 @@ def _near(key: str) -> str:
     """Suggest the key that was meant: one of that name elsewhere, one whose last word it is, or one spelt alike."""
     known = list(_keys())
     same = [name for name in known if re.search(rf"[._]{re.escape(key.rpartition('.')[2])}$", name)]
-    near = get_close_matches(key, same or known, n=1, cutoff=0.0 if same else 0.75)
+    near = get_close_matches(key, same or known, n=1, cutoff=0.0 if same else 0.8)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -329,8 +329,6 @@ def _signature(place: Path) -> dict[str, tuple[int, int]]:
 def _place(path: str) -> Path:
     """Where the images are, as DVC sees it: download.path is also the stage's dependency in dvc.yaml."""
     place = Path(path)
-    if path.startswith("~"):
-        raise PipelineError(f"download.path is {path}, which DVC does not expand; write {place.expanduser()}")
     if not path or place == Path():
         raise PipelineError(f"download.path is {path!r}; {_WANTED}")
     if os.path.normpath(place).startswith(".."):

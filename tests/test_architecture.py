@@ -170,7 +170,7 @@ def _paths_used(root: Path, closure: set[str]) -> tuple[set[str], set[str]]:
     }
     used: set[str] = set()
     written: set[str] = set()
-    for name in closure - {"src/params.py", "src/provenance.py", "src/sources.py"}:
+    for name in closure - {"src/params.py", "src/provenance.py", "src/runtime.py", "src/sources.py"}:
         if not name.endswith(".py"):
             continue
         for node in ast.walk(_parse(root / name)):

@@ -134,12 +134,11 @@ def test_prepared_pixels_arrive_as_channels_last_without_being_laid_out_anew() -
 @pytest.mark.parametrize(
     ("card", "words"),
     [
-        (replace(ARTICLE, network="resnet"), "model.name is 'resnet', expected one of article, keras_mnist"),
-        (replace(ARTICLE, size=31), "prepare.image_size is 31, but article expects at least 32"),
-        (replace(MNIST, size=9), "prepare.image_size is 9, but keras_mnist expects at least 10"),
-        (replace(RESIDUAL, size=15), "prepare.image_size is 15, but residual expects at least 16"),
+        (replace(ARTICLE, size=31), "the images have 31 px, but article expects at least 32"),
+        (replace(MNIST, size=9), "the images have 9 px, but keras_mnist expects at least 10"),
+        (replace(RESIDUAL, size=15), "the images have 15 px, but residual expects at least 16"),
     ],
-    ids=["unknown", "article", "keras_mnist", "residual"],
+    ids=["article", "keras_mnist", "residual"],
 )
 def test_a_network_that_cannot_be_built_is_one_sentence(card: Card, words: str) -> None:
     with pytest.raises(PipelineError, match=words):

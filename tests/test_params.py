@@ -218,6 +218,7 @@ def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
             {"cane": ""},
             "prepare.classes.cane is '' (str): string should have at least 1 character",
         ),
+        ("prepare", "classes", {"size": "big"}, "prepare.classes.size: DVC overlooks changes of this key (dvc#10296)"),
         ("prepare", "include", "", "prepare.include is '' (str): string should have at least 1 character"),
         ("download", "path", "~/photos", f"download.path is ~/photos, but DVC does not expand ~; write {Path.home()}/"),
         (

@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -74,6 +76,28 @@ def test_a_change_to_a_figure_trains_nothing_again(project: Project) -> None:
 def test_a_change_to_the_evaluation_trains_nothing_again(project: Project) -> None:
     project.set(evaluate__batch=100)
     assert stages_run(project.dvc("repro")) == ["evaluate", "plot", "export"]
+
+
+def test_another_image_size_makes_other_images_in_the_workspace_and_aside(project: Project) -> None:
+    def side(name: str) -> int:
+        return int(np.load(project.folder / name).shape[1])
+
+    def recorded(stage: str, section: str) -> dict[str, Any]:
+        params = yaml12.read(project.folder / "dvc.lock")["stages"][stage]["params"]["params.yaml"][section]
+        return dict(params.get("augment", params))
+
+    project.set(model__name="residual", model__widths=[4])
+    for size in (28, 20):
+        project.set(prepare__image_size=size)
+        project.dvc("repro", "prepare")
+        assert (side("data/images.npy"), recorded("prepare", "prepare")["image_size"]) == (size, size)
+    for size in (12, 10):
+        project.dvc("exp", "run", "-S", f"train.augment.image_size={size}", "train")
+        assert (side("data/augmented.npy"), recorded("train", "train")["image_size"]) == (size, size)
+    project.dvc("exp", "run", "--temp", "--name", "aside", "-S", "prepare.image_size=16", "prepare")
+    assert side("data/images.npy") == 20
+    project.dvc("exp", "apply", "aside")
+    assert (side("data/images.npy"), recorded("prepare", "prepare")["image_size"]) == (16, 16)
 
 
 def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
@@ -203,10 +227,11 @@ def test_queued_experiments_run_side_by_side(project: Project) -> None:
 
 def test_a_typo_in_params_is_one_sentence_and_loses_nothing(project: Project) -> None:
     model = project.bytes("models/model.safetensors")
-    project.set(split__seed=1, train__lr="fast")
-    output = project.dvc("repro", code=None)
-    assert "params.yaml: train.lr is 'fast' (str): input should be a valid number" in output
-    assert "Traceback" not in output
+    for command in (["exp", "run", "-S", "split.seed=1", "-S", "train.lr=fast"], ["repro"]):
+        output = project.dvc(*command, code=None)
+        assert "params.yaml: train.lr is 'fast' (str): input should be a valid number" in output
+        assert "`git checkout params.yaml` undoes your edits there, and those of a failed `dvc exp run -S`" in output
+        assert "Traceback" not in output
     project.git("checkout", "--quiet", "params.yaml", "metrics", "plots")
     project.dvc("checkout")
     assert project.bytes("models/model.safetensors") == model

@@ -104,7 +104,6 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("digits", None, "train.lr=1.0e-2 model.dropout=0.5", "sample_digits_seed0_lr=1.0e-2_model.dropout=0.5"),
         ("digits", "no-dropout", "model.dropout=0.0", "sample_digits_seed0_no-dropout"),
         ("digits", "", "model.dropout=0.0", "sample_digits_seed0"),
-        ("digits", None, "model.name=/some/where/net train.threads=1", "sample_digits_seed0_model.name=-path-of-net-"),
     ],
 )
 def test_a_run_is_named_by_recipe_data_seeds_and_what_else_matters(
