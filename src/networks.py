@@ -1,4 +1,4 @@
-"""The networks, as lists that one can read. Adding one is a function and its name here, and its name in src/params.py.
+"""The networks, as lists that one can read. Adding one is a function here and its name in NETWORKS.
 
 Every network takes uint8 pixels as prepared, (N, S, S, C), and gives logits, (N, classes): normalisation is its first
 layer, so that training, evaluation and deployment share one contract.

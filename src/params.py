@@ -26,8 +26,6 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 
 TIMM = "timm/"
 """How the names of timm's backbones begin in model.name."""
-NETWORKS = ("article", "keras_mnist", "residual")
-"""The functions of src/networks.py, named here for the stages that do not load torch."""
 FIXED_SIZE = ("article", "keras_mnist")
 """Networks that take images of one size alone, since their first fully connected layer has a weight for each pixel."""
 
@@ -110,7 +108,7 @@ class Model(Section):
     """The network."""
 
     name: str
-    """A function of src/networks.py (one of NETWORKS), or timm/NAME for a backbone of timm."""
+    """A function of src/networks.py (article, keras_mnist, residual), or timm/NAME for a backbone of timm."""
     widths: Annotated[list[Count], Field(min_length=1)]
     """residual: channels of each stage."""
     depth: Annotated[int, Field(ge=1, le=1000)]
@@ -129,8 +127,8 @@ class Model(Section):
     @model_validator(mode="after")
     def _network_exists(self) -> "Model":
         _refuse_home("weights", self.weights)
-        if self.name not in NETWORKS and not (self.is_timm and self._architecture in _architectures()):
-            expected = f"{', '.join(NETWORKS)}, or timm/NAME"
+        if self.name not in _networks() and not (self.is_timm and self._architecture in _architectures()):
+            expected = f"{', '.join(_networks())}, or timm/NAME"
             raise ValueError(f"name is {self.name!r}, expected {expected}{self._near()}")
         return self
 
@@ -144,7 +142,7 @@ class Model(Section):
         return self.name.removeprefix(TIMM).partition(".")[0]
 
     def _near(self) -> str:
-        known = {name: name for name in NETWORKS} | {name: f"{TIMM}{name}" for name in _architectures()}
+        known = {name: name for name in _networks()} | {name: f"{TIMM}{name}" for name in _architectures()}
         near = get_close_matches(self._architecture.lower(), known, n=1)
         return f"; did you mean {known[near[0]]}?" if near else "; https://huggingface.co/timm lists them"
 
@@ -366,8 +364,16 @@ def _keys_of(section: str) -> list[str]:
 
 
 @cache
+def _networks() -> list[str]:
+    """Read the names of our own networks from their source, since to import it takes seconds, and torch."""
+    source = Path(__file__).with_name("networks.py").read_text(encoding="utf-8")
+    registry = source.partition("\nNETWORKS: ")[2].partition("\n}\n")[0]
+    return re.findall(r'^    "(\w+)": ', registry, re.MULTILINE)
+
+
+@cache
 def _architectures() -> frozenset[str]:
-    """Read the names of timm's backbones from its sources, in 0.03 s: to import it takes seconds, and torch."""
+    """Read the names of timm's backbones from their sources, for the same reason, in 0.03 s."""
     spec = importlib.util.find_spec("timm")
     assert spec
     assert spec.origin
