@@ -24,6 +24,7 @@ def report_few(part: str, count: int, accuracy: float = 0.9) -> None:
     if count < FEW:
         low, high = wilson_interval(accuracy * count, count)
         say(
-            f"only {count} {part} image{'s' * (count != 1)}: an accuracy of {accuracy:.0%} on them has a 95 % interval "
-            f"of {100 * (high - low):.0f} points ({low:.0%} to {high:.0%}); smaller differences are noise"
+            f"only {count} {part} image{'s' * (count != 1)}: an accuracy of {100 * accuracy:.0f} % on them has a 95 % "
+            f"interval of {100 * (high - low):.0f} points ({100 * low:.0f} to {100 * high:.0f} %); smaller differences "
+            "are noise"
         )
