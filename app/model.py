@@ -32,8 +32,9 @@ class Card(BaseModel):
     classes: tuple[str, ...] = Field(min_length=1)
     size: int = Field(ge=1)
     channels: int = Field(ge=1, le=3)
-    sure_from: float
-    """The least probability of the best class at which an answer is sure."""
+    sure_from: float | None
+    """The least probability of the best class at which an answer is sure; None where the validation images were too few
+    to find one."""
 
 
 @dataclass(frozen=True, eq=False)

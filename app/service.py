@@ -45,7 +45,7 @@ class Answer(BaseModel):
     """What the model says of one image: its likeliest classes, best first."""
 
     name: str
-    sure: bool
+    sure: bool | None = Field(description="null where the model has no confidence from which answers are sure")
     classes: list[Share]
     heat: list[list[float]] | None = Field(default=None, description="where the image speaks for its class, 0 to 1")
 
@@ -198,7 +198,9 @@ def describe(prediction: Prediction, model: Model, *, top: int, heat: bool) -> d
     shares = prediction.probabilities
     best = (-shares).argsort(kind="stable")[:top]
     classes = [{"class": model.card.classes[code], "probability": round(float(shares[code]), 6)} for code in best]
-    answer: dict[str, Any] = {"sure": bool(shares[best[0]] >= model.card.sure_from), "classes": classes}
+    threshold = model.card.sure_from
+    sure = None if threshold is None else bool(shares[best[0]] >= threshold)
+    answer: dict[str, Any] = {"sure": sure, "classes": classes}
     if heat and prediction.heat is not None:
         answer["heat"] = prediction.heat.astype(float).round(3).tolist()
     return answer

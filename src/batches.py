@@ -322,8 +322,12 @@ def _inside(box: Tensor, size: int) -> Tensor:
 
 
 def count_steps(count: int, batch: int) -> int:
-    """Count the steps of an epoch over `count` images; the last may have fewer images than `batch`."""
-    return math.ceil(count / batch)
+    """Count the steps of an epoch over `count` images.
+
+    The last one may have fewer images than `batch`, but never one alone, which has no variance for batch normalisation:
+    a single left-over image joins the step before it, whose size is `batch` + 1.
+    """
+    return max(1, count // batch + (count % batch > 1))
 
 
 def plan(count: int, params: Train, *, epoch: int, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Draw]:
@@ -332,9 +336,12 @@ def plan(count: int, params: Train, *, epoch: int, step: int, rank: int = 0, wor
     This is all there is to know about a step, at any time, in any order of asking, on any machine. Of `world`
     processes, process `rank` (from 0) takes every `world`-th image: together they take the batch of one process, each
     image changed in the same way. Gives picks, (B,) int64, which count from 0 within the table, and the Draw of B
-    images.
+    images: B is `train.batch`, but for the last step of an epoch, which takes all that are left (see `count_steps`).
     """
-    picks = epoch_order(count, seed=params.seed, epoch=epoch)[(step - 1) * params.batch : step * params.batch]
+    steps = count_steps(count, params.batch)
+    assert 1 <= step <= steps, f"step {step} of an epoch of {steps}"
+    end = count if step == steps else step * params.batch
+    picks = epoch_order(count, seed=params.seed, epoch=epoch)[(step - 1) * params.batch : end]
     drawn = draw(len(picks), params.augment, step_generator("augmentation", params.seed, epoch, step))
     return picks[rank::world], drawn[rank::world]
 

@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from src.params import Train
 from src.provenance import hash_file
@@ -27,22 +29,69 @@ DAYS, BYTES = 30, 20 * 2**30
 """Keys that nobody touched for so long, and the oldest ones beyond so much, are removed when a training starts."""
 
 
-@dataclass(frozen=True)
+STRICT = ConfigDict(strict=True, extra="forbid")
+"""What JSON says is checked, since anything may have written it: a name with `../` in it must reach no file outside."""
+Name = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Output = Annotated[str, Field(pattern=r"^(model|epoch-[0-9]{4,}\.safetensors)$")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Record:
+    """What an epoch came to. loss: cross entropy an image; accuracy: 0 to 1; best: the best validation so far."""
+
+    epoch: int
+    train_loss: FiniteFloat
+    train_accuracy: FiniteFloat
+    validation_loss: FiniteFloat
+    validation_accuracy: FiniteFloat
+    best: bool
+
+    def __str__(self) -> str:
+        train = f"loss {self.train_loss:.4f}, accuracy {self.train_accuracy:.2%}"
+        validation = f"loss {self.validation_loss:.4f}, accuracy {self.validation_accuracy:.2%}"
+        return f"epoch {self.epoch}: train {train}; validation {validation}{' *' if self.best else ''}"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Progress:
+    """Where training stands: `step` steps into the epoch that follows those of `history`.
+
+    sums: of the losses and of the right answers of these steps; whole numbers of float32, so that JSON keeps them.
+    """
+
+    history: tuple[Record, ...] = ()
+    step: Annotated[int, Field(ge=0, lt=10**9)] = 0
+    sums: tuple[FiniteFloat, FiniteFloat] = (0.0, 0.0)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs have ended."""
+        return len(self.history)
+
+    @property
+    def record(self) -> Record | None:
+        """The record of an epoch that has just ended."""
+        return self.history[-1] if self.history and self.step == 0 else None
+
+
+@dataclass(frozen=True, config=STRICT)
 class Checkpoint:
     """What a training has come to.
 
-    epoch: how many have ended; step: how many steps of the next one are done; rates: the fingerprint of all learning
-    rates up to the end of the epoch that these belong to; progress: what `save` was told; weights, rest: names of the
-    tensors; outputs: by output, the names of the tensors that belong there by now.
+    rates: the fingerprint of all learning rates up to the end of the epoch that `progress` belongs to; weights, rest:
+    names of the tensors, their SHA-256; outputs: by output, the names of the tensors that belong there by now.
     """
 
-    epoch: int
-    step: int
-    rates: str
-    progress: dict[str, Any]
-    weights: str
-    rest: str
-    outputs: dict[str, str]
+    progress: Progress
+    rates: Name
+    weights: Name
+    rest: Name
+    outputs: dict[Output, Name]
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """How many epochs have ended, and how many steps of the next one are done."""
+        return self.progress.epoch, self.progress.step
 
     def files(self) -> set[str]:
         """Name all files of tensors that it needs."""
@@ -52,17 +101,17 @@ class Checkpoint:
 class Store:
     """The checkpoints of one key. Whatever is in it is whole: a temporary name, fsync, then a rename.
 
-    rates: the fingerprint of the learning rates up to each epoch's end, from epoch 0; keep: the epoch from which a
-    longer run continues, whose checkpoint stays.
+    steps: of an epoch; rates: the fingerprint of the learning rates up to each epoch's end, from epoch 0; keep: the
+    epoch from which a longer run continues, whose checkpoint stays.
     """
 
-    def __init__(self, folder: Path, rates: list[str], keep: int) -> None:
-        self.folder, self.rates, self.keep = folder, rates, keep
+    def __init__(self, folder: Path, steps: int, rates: list[str], keep: int) -> None:
+        self.folder, self.steps, self.rates, self.keep = folder, steps, rates, keep
         self.outputs: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)  # for `_prune`: touched today
         for left in folder.glob("*.part"):  # of a process that was killed
-            left.unlink()
+            remove(left)
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
 
@@ -78,16 +127,14 @@ class Store:
                 self.outputs = dict(checkpoint.outputs)
                 return checkpoint
             say(f"the checkpoint {path} is damaged and left out")
-            path.unlink()
+            remove(path)
         return None
 
     def read(self, name: str) -> bytes:
         """Read a file of tensors."""
         return (self.folder / f"{name}.safetensors").read_bytes()
 
-    def save(
-        self, epoch: int, step: int, progress: dict[str, Any], *, weights: bytes, rest: bytes, outputs: list[str]
-    ) -> None:
+    def save(self, progress: Progress, *, weights: bytes, rest: bytes, outputs: list[str]) -> None:
         """Keep a state: packed weights, and what else has to be known; `outputs` are those that these weights become.
 
         It is written while training goes on; a failure is raised by the next call, or by `wait` or `close`.
@@ -96,9 +143,20 @@ class Store:
         tensors = {hashlib.sha256(content).hexdigest(): content for content in (weights, rest)}
         names = list(tensors)
         self.outputs |= dict.fromkeys(outputs, names[0])
-        rates = self.rates[epoch + (step > 0)]
-        checkpoint = Checkpoint(epoch, step, rates, progress, names[0], names[-1], dict(self.outputs))
+        rates = self.rates[progress.epoch + (progress.step > 0)]
+        checkpoint = Checkpoint(progress, rates, names[0], names[-1], dict(self.outputs))
         self._writing = self._writer.submit(self._write, checkpoint, tensors)
+
+    def write_outputs(self, model: Path, snapshots: Path) -> None:
+        """Write the best weights, and a folder of the snapshots and their checksums, as `sha256sum` lists them."""
+        outputs = dict(sorted(self.outputs.items()))
+        model.write_bytes(self.read(outputs.pop("model")))
+        snapshots.mkdir()
+        # Without a snapshot it lists none: DVC warns of an empty folder (3.67).
+        sums = "".join(f"{name}  {output}\n" for output, name in outputs.items())
+        (snapshots / "SHA256SUMS").write_text(sums, encoding="utf-8")
+        for output, name in outputs.items():
+            (snapshots / output).write_bytes(self.read(name))
 
     def wait(self) -> None:
         """Wait until all that was saved is on the disk."""
@@ -115,36 +173,38 @@ class Store:
         for name, content in tensors.items():
             if not (path := self.folder / f"{name}.safetensors").exists():
                 _write_whole(path, content)
-        text = json.dumps(asdict(checkpoint))
-        path = self.folder / f"{checkpoint.epoch:06}-{checkpoint.step:09}-{checkpoint.rates[:8]}.json"
+        text = json.dumps(asdict(checkpoint), allow_nan=False)
+        epoch, step = checkpoint.position
+        path = self.folder / f"{epoch:06}-{step:09}-{checkpoint.rates[:8]}.json"
         _write_whole(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
         self._tidy(checkpoint)
 
     def _tidy(self, newest: Checkpoint) -> None:
         """Keep this checkpoint, the one before it, that of epoch `keep`, and those ahead, which a longer run left."""
-        found = {path: (one.epoch, one.step) for path, one in self._all().items() if one}
-        behind = [path for path, place in found.items() if place <= (newest.epoch, newest.step)]
+        found = {path: one.position for path, one in self._all().items() if one}
+        behind = [path for path, position in found.items() if position <= newest.position]
         for path in behind[:-2]:
             if found[path] != (self.keep, 0):
                 path.unlink()
         needed = {name for one in self._all().values() if one for name in one.files()}
         for file in self.folder.glob("*.safetensors"):
             if file.stem not in needed:
-                file.unlink()
+                remove(file)
 
     def _all(self) -> dict[Path, Checkpoint | None]:
         """Read all checkpoints, by epoch and step; None for what is damaged."""
-        return {path: _parse(path.read_bytes()) for path in sorted(self.folder.glob("*.json"))}
+        return {path: _read(path) for path in sorted(self.folder.glob("*.json"))}
 
     def _is_on_the_way(self, checkpoint: Checkpoint) -> bool:
-        epoch = checkpoint.epoch + (checkpoint.step > 0)
-        return epoch < len(self.rates) and self.rates[epoch] == checkpoint.rates
+        epoch, step = checkpoint.position
+        epoch += step > 0
+        return step < self.steps and epoch < len(self.rates) and self.rates[epoch] == checkpoint.rates
 
     def _is_whole(self, name: str) -> bool:
         path = self.folder / f"{name}.safetensors"
-        if path.exists() and hash_file(path) == name:
+        if path.is_file() and hash_file(path) == name:
             return True
-        path.unlink(missing_ok=True)  # so that a further training writes it again
+        remove(path)  # so that a further training writes it again
         return False
 
 
@@ -160,16 +220,22 @@ def open_store(params: Train, steps: int, parts: dict[str, Any]) -> Iterator[Sto
     top = home() / RESUME / "checkpoints"
     with alone(top / f"{key}.lock", "another process trains exactly this"):
         _prune(top, keep=key)
-        store = Store(top / key, fingerprints(params, steps=steps), shared_epochs(params, steps=steps))
+        store = Store(top / key, steps, fingerprints(params, steps=steps), shared_epochs(params, steps=steps))
         try:
             yield store
         finally:
             store.close()
 
 
-def _parse(content: bytes) -> Checkpoint | None:
-    digest, _, text = content.partition(b"\n")
-    return Checkpoint(**json.loads(text)) if hashlib.sha256(text).hexdigest().encode() == digest else None
+def _read(path: Path) -> Checkpoint | None:
+    if not path.is_file():
+        return None
+    digest, _, text = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        return None
+    with suppress(ValidationError):
+        return TypeAdapter(Checkpoint).validate_json(text)
+    return None
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -80,7 +80,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """How well one class is known: a row of metrics/classes.csv."""
+    """How well one class is known: a row of metrics/classes.csv, with NaN for an empty cell."""
 
     name: str
     precision: float
@@ -238,7 +238,7 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str]) -> Figure:
 
 def class_scores(scores: Sequence[Score]) -> Figure:
     """F1 of each class as a bar, precision and recall as marks upon it; the weakest class comes first."""
-    ordered = sorted(scores, key=lambda score: (score.f1, score.name))
+    ordered = sorted(scores, key=lambda score: (math.isnan(score.f1), score.f1, score.name))
     columns = 1 if len(ordered) <= 40 else 2
     rows = math.ceil(len(ordered) / columns)
     figure = Figure(
@@ -350,7 +350,7 @@ def report(
             (results.classes[i], results.classes[j], number, number / totals[i])
             for number, i, j in sorted(mixed, key=lambda cell: (-cell[0], cell[1:]))[:5]
         ],
-        weakest=min(results.scores, key=lambda score: (score.recall, score.name)),
+        weakest=min((score for score in results.scores if score.images), key=lambda score: (score.recall, score.name)),
         shares=shares,
         counts=_flat(counted),
         origin=_flat(results.origin),
@@ -358,7 +358,9 @@ def report(
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """0.981 -> '98.1 %'; rounds to 100 % only what is 100 %."""
+    """0.981 -> '98.1 %'; rounds to 100 % only what is 100 %; '–' where 0 of 0 would be NaN."""
+    if math.isnan(share):
+        return "–"
     most = 1.0 if share >= 1 else 1 - 10.0 ** -(digits + 2)
     return f"{100 * min(share, most):.{digits}f}\N{NO-BREAK SPACE}%"
 

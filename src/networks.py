@@ -188,24 +188,42 @@ class Network(nn.Module):
         self.backbone = nn.Sequential(*backbone)
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """Give the logits, (N, classes), of uint8 pixels, (N, S, S, C), or of the features that `embed` gave.
+    def forward(self, pixels: Tensor, generator: Generator | None = None) -> Tensor:
+        """Give the logits, (N, classes), of uint8 pixels, (N, S, S, C). Dropout draws from `generator` in training."""
+        return self.forward_head(self.forward_features(pixels), generator)
 
-        Dropout draws from `generator` in training.
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """Give the backbone's features, (N, F), of uint8 pixels, (N, S, S, C); without one, the normalised pixels.
+
+        Raises TypeError for anything but uint8, since pixels normalised twice would give plausible logits.
         """
-        features = self.embed(images) if images.dtype == torch.uint8 else images
-        for layer in self.layers:
-            features = layer(features, generator) if isinstance(layer, Dropout) else layer(features)
-        return features
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Give the backbone's features, (N, F), of uint8 pixels, (N, S, S, C); without one, the normalised pixels."""
+        if pixels.dtype != torch.uint8 or pixels.shape[-1] != self.mean.numel():
+            found = f"{pixels.dtype} of shape {tuple(pixels.shape)}"
+            raise TypeError(f"expected uint8 pixels, (N, S, S, {self.mean.numel()}), found {found}")
         # By rows, in which the channels repeat: on a CPU six times as fast as one mean for each channel.
         mean, deviation = (values.flatten().repeat(pixels.shape[2]) for values in (self.mean, self.deviation))
         rows = pixels.flatten(2).float().sub_(mean).div_(deviation)
         # Seen as (N, C, S, S), this memory is what torch calls channels_last: nothing is copied.
         features: Tensor = self.backbone(rows.view(pixels.shape).permute(0, 3, 1, 2))
         return features
+
+    def forward_head(self, features: Tensor, generator: Generator | None = None) -> Tensor:
+        """Give the logits, (N, classes), of what `forward_features` gave."""
+        for layer in self.layers:
+            features = layer(features, generator) if isinstance(layer, Dropout) else layer(features)
+        return features
+
+
+class Head(nn.Module):
+    """A network that is called with its backbone's features, computed before: `forward_head` as a module."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, features: Tensor, generator: Generator | None = None) -> Tensor:
+        """Give the logits, (N, classes), of features, (N, F)."""
+        return self.network.forward_head(features, generator)
 
 
 @torch.random.fork_rng(devices=[])  # torch's layers draw weights when they are made, which nothing uses

@@ -187,7 +187,7 @@ class Train(Section):
     epochs: Count
     """Passes over the training images."""
     batch: Count
-    """Images a step, over all devices together."""
+    """Images a step, over all devices together; a single image left over at an epoch's end joins the step before."""
     optimizer: Literal["adam", "adamw", "muon", "sgd"]
     """adam, adamw (decay apart from the gradient), muon (adamw, but matrices step along their orthogonalized momentum)
     or sgd (Nesterov momentum of 0.9)."""
@@ -251,8 +251,9 @@ class Evaluate(Section):
     """Images a step; changes the speed, and the probabilities by the noise of floating point."""
     flip: bool
     """Average the probabilities of each image and of its mirror image (test-time augmentation)."""
-    sure: Annotated[float, Field(gt=0, le=1)]
-    """Share of the sure answers that shall be right: chosen on validation, a less confident answer is "not sure"."""
+    sure: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the sure answers that shall be right: chosen on validation, a less confident answer is "not sure"; no
+    answer is called sure where validation cannot show it with 95 % confidence, which takes 268 images for 0.99."""
     device: Device
     """As train.device."""
 

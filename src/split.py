@@ -3,10 +3,11 @@
 An image draws a number in [0, 1) from the hash of its bytes and the seed. Below `test` it judges, below
 `test + validation` it chooses, else it trains; so every class is divided alike up to chance, and a new version of a
 data set moves no image. A group of duplicates takes the lowest draw of its members: a further copy can move it towards
-test, never out of it.
+test, never out of it. A picture that lies in two classes is in no part: at most one of its labels is right.
 """
 
 import hashlib
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -35,18 +36,37 @@ def assign(index: pd.DataFrame, images: NDArray[np.uint8], params: Split) -> pd.
 
     index: path, label, official, sha256, picture of N images; images: (N, S, S, C) uint8. Returns path, label, split
     (train, validation, test or left_out) and group (the first row of its duplicates) of the same N rows. Raises
-    PipelineError where a class is too small, or the archive's own split is wanted and incomplete.
+    PipelineError where a class or a part is too small, or the archive's own split is wanted and incomplete.
     """
     table = index[["path", "label"]].copy()
     table["group"] = find_groups(index, images)
-    draw = draws(index["sha256"], params.seed)
+    draw, doubtful = draws(index["sha256"], params.seed), _in_two_classes(table)
+    if lost := sorted(set(table["label"]) - set(table["label"][~doubtful])):
+        example = _example(table[table["label"] == lost[0]], table)
+        raise PipelineError(
+            f"every picture of class {lost[0]!r} lies in another class, too, such as {example}; "
+            "delete the wrong copies, or leave the class out with prepare.classes"
+        )
     if params.official:
-        table["split"] = _official(index, table["group"], draw, params.validation)
+        table["split"] = _official(index, table["group"], draw, doubtful, params.validation)
     else:
         lowest = draw.groupby(table["group"]).transform("min")
-        table["split"] = _place(lowest, test=params.test, validation=params.validation)
+        table["split"] = _place(lowest, test=params.test, validation=params.validation).mask(doubtful, LEFT_OUT)
         _fill(table, lowest, {TEST: 0.0, VALIDATION: params.test, TRAIN: 1.0})
     return table[["path", "label", "split", "group"]]
+
+
+def cautions(table: pd.DataFrame) -> Iterator[str]:
+    """Say what of a split its user should know."""
+    if (doubtful := _in_two_classes(table)).any():
+        yield (
+            f"{doubtful.sum():,} images are left out, since the same picture lies in another class, such as "
+            f"{_example(table[doubtful], table)}"
+        )
+    counts = pd.crosstab(table["label"], table["split"])
+    for part in (VALIDATION, TEST):
+        if without := counts.index[counts[part] == 0].tolist():
+            yield f"{len(without):,} of {len(counts):,} classes have no {part} image, such as {without[0]!r}"
 
 
 def summarize(index: pd.DataFrame, table: pd.DataFrame, params: Split, rejected: int) -> dict[str, Any]:
@@ -61,7 +81,7 @@ def summarize(index: pd.DataFrame, table: pd.DataFrame, params: Split, rejected:
         "rejected": rejected,
         "duplicates_same_bytes": same_bytes,
         "duplicates_same_picture": len(table) - members.ngroups - same_bytes,
-        "duplicates_with_other_label": int((members["label"].transform("nunique") > 1).sum()),
+        "duplicates_with_other_label": int(_in_two_classes(table).sum()),
         "groups_that_would_have_leaked": int((torn.groupby(table["group"]).nunique() > 1).sum()),
         **{f"{name}_images": int((table["split"] == name).sum()) for name in (TRAIN, VALIDATION, TEST, LEFT_OUT)},
         # A list, in which DVC looks for no metrics: three counts a class would fill `dvc exp show`.
@@ -76,6 +96,18 @@ def draws(names: "pd.Series[str]", seed: int) -> "pd.Series[float]":
     """Draw a number in [0, 1) for each name, as a function of that name and the seed alone."""
     digests = (hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names)
     return pd.Series([int.from_bytes(digest[:6], "big") / 2**48 for digest in digests], index=names.index)
+
+
+def _in_two_classes(table: pd.DataFrame) -> "pd.Series[bool]":
+    """Tell which rows show a picture of more than one label."""
+    return table.groupby("group")["label"].transform("nunique") > 1
+
+
+def _example(doubtful: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Name the first of these images, and one of another class that shows the same picture."""
+    first = doubtful.iloc[0]
+    same = table[(table["group"] == first["group"]) & (table["label"] != first["label"])]
+    return f"{first['path']!r} and {same['path'].iloc[0]!r}"
 
 
 def find_groups(index: pd.DataFrame, images: NDArray[np.uint8]) -> "pd.Series[int]":
@@ -161,7 +193,11 @@ def _place(draw: "pd.Series[float]", *, test: float, validation: float) -> "pd.S
 
 
 def _official(
-    index: pd.DataFrame, group: "pd.Series[int]", draw: "pd.Series[float]", validation: float
+    index: pd.DataFrame,
+    group: "pd.Series[int]",
+    draw: "pd.Series[float]",
+    doubtful: "pd.Series[bool]",
+    validation: float,
 ) -> "pd.Series[str]":
     """Keep the archive's own places, carve validation from train where there is none, leave out what would leak."""
     split = index["official"].astype(str)
@@ -176,10 +212,16 @@ def _official(
             f"such as {index['path'][nowhere].iloc[0]!r}; leave them out with prepare.include"
         )
     carve = VALIDATION not in set(split)
+    split = split.mask(doubtful, LEFT_OUT)
     for judge in (TEST, VALIDATION):
         judged = (split == judge).groupby(group).transform("any")
         learns = split.isin([TRAIN, VALIDATION] if judge == TEST else [TRAIN])
         split = split.mask(judged & learns, LEFT_OUT)
+        if not judged.any() and (judge == TEST or not carve):
+            raise PipelineError(
+                f"all {int((index['official'] == judge).sum()):,} official {judge} images are left out, since others "
+                "show the same in another class or in the test images; set split.official: false"
+            )
     trains = split == TRAIN
     if unknown := sorted(set(index["label"]) - set(index["label"][trains])):
         raise PipelineError(f"class {unknown[0]!r} has no official train image to learn from; leave the class out")
@@ -197,13 +239,13 @@ def _fill(table: pd.DataFrame, draw: "pd.Series[float]", wanted: dict[str, float
 
     Only small classes need it: with 50 images and a share of 0.1 a class goes without in one seed of 200.
     """
-    groups = pd.DataFrame({"label": table["label"], "group": table["group"], "draw": draw}).drop_duplicates()
-    mixed = groups["group"].duplicated(keep=False)
-    for label, members in groups[~mixed].groupby("label"):
+    groups = table[["label", "group"]].assign(draw=draw)[table["split"] != LEFT_OUT].drop_duplicates()
+    for label, members in groups.groupby("label"):
         if len(members) < len(wanted):
             raise PipelineError(
-                f"class {str(label)!r} has {len(members)} different images, expected at least {len(wanted)}, "
-                f"one each for {', '.join(wanted)}; add images or leave the class out with prepare.classes"
+                f"class {str(label)!r} has {len(members)} different image{'s' * (len(members) != 1)}, "
+                f"expected at least {len(wanted)}, one each for {', '.join(wanted)}; "
+                "add images or leave the class out with prepare.classes"
             )
         for name, place in wanted.items():
             here = table.loc[members.index, "split"]

@@ -5,64 +5,25 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import safetensors.torch
 import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from src.batches import Table, augments, batches, choose_device, count_steps, step_generator
-from src.checkpoints import Store
-from src.networks import Card, Network, pack
+from src.checkpoints import Progress, Record, Store
+from src.intervals import report_few
+from src.networks import Card, Head, Network, pack
 from src.optimizers import make_optimizer
 from src.params import Train
 from src.runtime import PipelineError, say
 from src.schedules import learning_rate
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an epoch came to. loss: cross entropy an image; accuracy: 0 to 1; best: the best validation so far."""
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
-    best: bool
-
-    def __str__(self) -> str:
-        train = f"loss {self.train_loss:.4f}, accuracy {self.train_accuracy:.2%}"
-        validation = f"loss {self.validation_loss:.4f}, accuracy {self.validation_accuracy:.2%}"
-        return f"epoch {self.epoch}: train {train}; validation {validation}{' *' if self.best else ''}"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands: `step` steps into the epoch that follows those of `history`.
-
-    sums: of the losses and of the right answers of these steps; whole numbers of float32, so that JSON keeps them.
-    """
-
-    history: tuple[Record, ...] = ()
-    step: int = 0
-    sums: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def record(self) -> Record | None:
-        """The record of an epoch that has just ended."""
-        return self.history[-1] if self.history and self.step == 0 else None
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """Take up what `asdict` gave and JSON kept."""
-        loss, right = values["sums"]
-        return cls(tuple(Record(**record) for record in values["history"]), values["step"], (loss, right))
 
 
 def make_fabric(params: Train) -> Fabric:
@@ -94,13 +55,16 @@ class Trainer:
         fused = fabric.device.type in ("cuda", "cpu") and not (late and scaled)
         dtype = torch.bfloat16 if fabric.strategy.precision.precision == "bf16-mixed" else torch.float32
         optimizer = make_optimizer(self.network, params, fused=fused, dtype=dtype)
-        compiled: nn.Module = torch.compile(self.network) if params.compile else self.network  # type: ignore[assignment]
-        self.model, self.optimizer = fabric.setup(compiled, optimizer)
+        self.model, self.optimizer = fabric.setup(self._compiled(self.network), optimizer)
+        self.head = fabric.setup_module(self._compiled(Head(self.network)))
         # What validation judges, and what is kept: the average of the weights, where there is one.
         self.judged = copy.deepcopy(self.network) if params.ema else self.network
         # timm fixes some weights for good, such as places computed from sines.
         self._thawed = [parameter for parameter in self.network.backbone.parameters() if parameter.requires_grad]
-        self._embedded: list[Table] = []
+        self._features: list[Table] = []
+
+    def _compiled(self, module: nn.Module) -> nn.Module:
+        return torch.compile(module) if self.params.compile else module  # type: ignore[return-value]
 
     def state(self) -> dict[str, Tensor]:
         """Give all that has to be kept beside the weights of `judged`.
@@ -141,29 +105,26 @@ class Trainer:
     def fit(self, train: Table, validation: Table, progress: Progress | None = None) -> Iterator[Progress]:
         """Train on from `progress`, and yield after each epoch, and within one every `checkpoint_minutes`.
 
-        Ends with the last epoch, or when patience does. Raises PipelineError where the batch is larger than the data,
-        or the loss is no number any more.
+        Ends with the last epoch, or when patience does. Raises PipelineError where batch normalisation would get a
+        single image a step, or a loss is no finite number any more.
         """
         params, progress = self.params, progress or Progress()
-        if params.batch > len(train):
-            raise PipelineError(f"train.batch is {params.batch:,}, more than the {len(train):,} training images")
-        done = len(progress.history) * len(train) + progress.step * params.batch
+        self._check_batch(len(train))
+        done = progress.epoch * len(train) + progress.step * params.batch
         total = params.epochs * len(train)
         with tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None) as bar:
             while not _has_ended(progress.history, params):
-                epoch = len(progress.history) + 1
+                epoch = progress.epoch + 1
                 bar.set_description(f"epoch {epoch}/{params.epochs}")
-                seen, judged = self._freeze(train, validation, frozen=epoch <= params.freeze)
-                for step, sums in self._train_epoch(seen, progress, bar):
+                (learner, seen), (judge, judged) = self._freeze(train, validation, frozen=epoch <= params.freeze)
+                for step, sums in self._train_epoch(learner, seen, progress, bar):
+                    self._check_loss("training", sums[0], epoch)
                     if step < count_steps(len(train), params.batch):
                         yield Progress(progress.history, step, sums)
                 train_loss, train_accuracy = (torch.tensor(sums) / len(train)).tolist()
-                if not math.isfinite(train_loss):
-                    raise PipelineError(
-                        f"the training loss is {train_loss} in epoch {epoch}; use a smaller train.lr than {params.lr:g}"
-                    )
                 with self.fabric.autocast():
-                    loss, accuracy = evaluate(self.judged, judged, params.batch)
+                    loss, accuracy = evaluate(judge, judged, params.batch)
+                self._check_loss("validation", loss, epoch)
                 # Accuracy first, since that is what is promised; the loss decides between equals.
                 best = all(
                     (accuracy, -loss) > (one.validation_accuracy, -one.validation_loss) for one in progress.history
@@ -173,14 +134,23 @@ class Trainer:
                 yield progress
 
     def step(
-        self, images: Tensor, targets: Tensor, rate: float, generator: Generator, weights: Tensor | None = None
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        rate: float,
+        generator: Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Take one step at a learning rate: the sum of the losses and the number of right answers, (2,)."""
+        """Take one step at a learning rate: the sum of the losses and the number of right answers, (2,).
+
+        model: `model` on images, or `head` on the features that a frozen backbone gave.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         smoothing, clip = self.params.label_smoothing, self.params.clip
         sums = train_step(
-            self.model,
+            model,
             self.optimizer,
             self.fabric,
             images,
@@ -192,20 +162,41 @@ class Trainer:
         )
         return torch.stack(sums)
 
-    def _freeze(self, train: Table, validation: Table, *, frozen: bool) -> tuple[Table, Table]:
-        """Freeze the backbone or not, and give the tables of an epoch: of the features of a frozen one, computed once.
+    def _check_batch(self, images: int) -> None:
+        if self.params.batch > images:
+            say(f"train.batch is {self.params.batch:,}: each epoch is one step of all {images:,} training images")
+        frozen = self.params.freeze >= self.params.epochs
+        trained = self.network.layers if frozen else self.network
+        if min(self.params.batch, images) == 1 and any(isinstance(layer, _BatchNorm) for layer in trained.modules()):
+            raise PipelineError(
+                f"found one image a step (train.batch: {self.params.batch}, training images: {images}), "
+                "but the batch normalisation of this network needs 2 or more"
+            )
 
-        Images that augmentation changes have to be seen anew in each epoch.
+    def _check_loss(self, which: str, loss: float, epoch: int) -> None:
+        if not math.isfinite(loss):
+            raise PipelineError(
+                f"the {which} loss is {loss} in epoch {epoch}; use a smaller train.lr than {self.params.lr:g}"
+            )
+
+    def _freeze(
+        self, train: Table, validation: Table, *, frozen: bool
+    ) -> tuple[tuple[nn.Module, Table], tuple[nn.Module, Table]]:
+        """Freeze the backbone or not; give what is trained and on what, and what is judged and on what, in an epoch.
+
+        A frozen backbone computes its features once, for the head to be called with. Images that augmentation changes
+        have to be seen anew in each epoch.
         """
         for parameter in self._thawed:
             parameter.requires_grad_(not frozen)
         if not frozen or not self._thawed:
-            self._embedded = []
-            return train, validation
-        if not self._embedded:
-            seen = train if augments(self.params.augment) else self._embed(train)
-            self._embedded = [seen, self._embed(validation)]
-        return self._embedded[0], self._embedded[1]
+            self._features = []
+            return (self.model, train), (self.judged, validation)
+        changed = augments(self.params.augment)
+        if not self._features:
+            self._features = [train if changed else self._embed(train), self._embed(validation)]
+        seen, judged = self._features
+        return (self.model if changed else self.head, seen), (Head(self.judged), judged)
 
     def _embed(self, table: Table) -> Table:
         self.network.eval()
@@ -216,25 +207,25 @@ class Trainer:
             tqdm(total=len(table), desc="embed", unit=" images", disable=None) as bar,
         ):
             for images, _ in table.parts(self.params.batch):
-                found.append(self.network.embed(images).float())
+                found.append(self.network.forward_features(images).float())
                 bar.update(len(images))
         return Table(torch.cat(found), torch.arange(len(table), device=table.device), table.labels, table.classes)
 
     def _train_epoch(
-        self, table: Table, progress: Progress, bar: "tqdm[NoReturn]"
+        self, model: nn.Module, table: Table, progress: Progress, bar: "tqdm[NoReturn]"
     ) -> Iterator[tuple[int, tuple[float, float]]]:
         """Train on to the end of an epoch; there, and whenever a checkpoint is due, yield the step and the sums."""
-        params, epoch = self.params, len(progress.history) + 1
+        params, epoch = self.params, progress.epoch + 1
         steps = count_steps(len(table), params.batch)
         weights = class_weights(table) if params.class_weights else None
-        self.model.train()
+        model.train()
         self.network.backbone.train(epoch > params.freeze)
         sums = torch.tensor(progress.sums, device=self.fabric.device)
         kept = time.monotonic()
         for step, (images, targets) in enumerate(batches(table, params, epoch, progress.step), start=progress.step + 1):
             rate = learning_rate(params, epoch=epoch, step=step, steps=steps)
             generator = step_generator("dropout", params.seed, epoch, step, self.fabric.device)
-            sums += self.step(images, targets, rate, generator, weights)
+            sums += self.step(model, images, targets, rate, generator, weights)
             if params.ema:
                 average(self.judged, self.network, keep=params.ema, step=(epoch - 1) * steps + step)
             bar.update(len(targets))
@@ -252,11 +243,12 @@ def fit_from(store: Store, trainer: Trainer, train: Table, validation: Table, ca
     """
     params, begun = trainer.params, Progress()
     if found := store.newest():
-        begun = Progress.from_json(found.progress)
+        begun = found.progress
         trainer.restore(*(safetensors.torch.load(store.read(name)) for name in (found.weights, found.rest)))
-        further = f" and {found.step} steps of the next" if found.step else ""
-        say(f"going on after epoch {found.epoch} of {params.epochs}{further}, kept in {store.folder}")
+        further = f" and {begun.step} steps of the next" if begun.step else ""
+        say(f"going on after epoch {begun.epoch} of {params.epochs}{further}, kept in {store.folder}")
         yield from begun.history
+    progress = begun
     for progress in trainer.fit(train, validation, begun):
         record, outputs = progress.record, []
         if record and record.best:
@@ -264,11 +256,12 @@ def fit_from(store: Store, trainer: Trainer, train: Table, validation: Table, ca
         if record and params.snapshot_every and record.epoch % params.snapshot_every == 0:
             outputs.append(f"epoch-{record.epoch:04}.safetensors")
         weights, rest = pack(trainer.judged.state_dict(), card), pack(trainer.state())
-        store.save(len(progress.history), progress.step, asdict(progress), weights=weights, rest=rest, outputs=outputs)
+        store.save(progress, weights=weights, rest=rest, outputs=outputs)
         if record:
             tqdm.write(str(record))
             yield record
     store.wait()
+    report_few("validation", len(validation), max(record.validation_accuracy for record in progress.history))
 
 
 def train_step(

@@ -6,9 +6,10 @@ from src import paths
 from src.batches import choose_device, read_dataset
 from src.environment import settle
 from src.evaluation import fit_temperature, predict, probabilities, score, sure_from, tabulate
+from src.intervals import report_few
 from src.networks import load
 from src.params import load_params
-from src.runtime import PipelineError, run, whole
+from src.runtime import PipelineError, run, say, whole
 
 
 def main() -> None:
@@ -38,9 +39,15 @@ def main() -> None:
 
     with whole(paths.PREDICTIONS, paths.TEST_METRICS, paths.CLASS_METRICS) as (table_file, metrics, class_file):
         predictions.to_csv(table_file, index=False, float_format="%.6g", lineterminator="\n")
-        metrics.write_text(json.dumps(overall, indent=2) + "\n", encoding="utf-8")
+        metrics.write_text(json.dumps(overall, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         classes.to_csv(class_file, index=False, float_format="%.6g", lineterminator="\n")
     low, high = overall["accuracy_low"], overall["accuracy_high"]
+    if sure is None:
+        say(
+            f"the {len(codes['validation']):,} validation images show no confidence from which {100 * params.sure:g} % of "
+            "the answers are right, so no answer is called sure"
+        )
+    report_few("test", len(places), overall["accuracy"])
     print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {len(places):,} images")
 
 

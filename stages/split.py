@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from src import paths
+from src.intervals import report_few
 from src.params import load_params
-from src.runtime import run, whole
-from src.split import assign, summarize
+from src.runtime import run, say, whole
+from src.split import assign, cautions, summarize
 
 
 def main() -> None:
@@ -19,9 +20,13 @@ def main() -> None:
 
     table = assign(index, images, params)
     summary = summarize(index, table, params, rejected)
+    for sentence in cautions(table):
+        say(sentence)
+    for part in ("validation", "test"):
+        report_few(part, summary[f"{part}_images"])
     with whole(paths.SPLIT, paths.DATA_METRICS) as (split, metrics):
         table.to_csv(split, index=False, lineterminator="\n")
-        metrics.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        metrics.write_text(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     counts = ", ".join(f"{count:,} {name}" for name, count in table["split"].value_counts().items())
     print(f"split {len(table):,} images: {counts}; {summary['groups_that_would_have_leaked']} groups kept from leaking")
 

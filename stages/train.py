@@ -8,13 +8,13 @@ from dvclive.live import Live
 
 from src import paths
 from src.batches import batches, channel_statistics, count_steps, read_dataset, step_generator
-from src.checkpoints import open_store
+from src.checkpoints import Record, open_store
 from src.environment import bits, describe, settle
 from src.networks import count_parameters, start
 from src.params import load_params
 from src.provenance import inputs_of
 from src.runtime import in_sight, run, whole
-from src.training import Record, Trainer, fit_from, make_fabric
+from src.training import Trainer, fit_from, make_fabric
 
 SEEN = 25
 
@@ -33,18 +33,16 @@ def main() -> None:
     with (
         open_store(params, steps, made_of) as store,
         in_sight(paths.TRAIN_LOG) as folder,
-        whole(paths.MODEL, paths.SNAPSHOTS, paths.AUGMENTED, paths.ENVIRONMENT) as outs,
+        whole(paths.MODEL, paths.SNAPSHOTS, paths.AUGMENTED, paths.ENVIRONMENT) as (best, snapshots, augmented, record),
+        augmented.open("wb") as seen,
         Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live,
     ):
-        best, snapshots, augmented, record = outs
-        np.save(augmented.open("wb"), next(batches(train, params, 1))[0][:SEEN].cpu().numpy())
+        np.save(seen, next(batches(train, params, 1))[0][:SEEN].cpu().numpy())
         record.write_text(json.dumps([machine], indent=2) + "\n", encoding="utf-8")
         live.summary |= {"parameters": count_parameters(network), "train_images": len(train)}
         for ended in fit_from(store, Trainer(network, params, fabric), train, validation, card):
             log(live, ended)
-        snapshots.mkdir()
-        for name, tensors in store.outputs.items():
-            (best if name == "model" else snapshots / name).write_bytes(store.read(tensors))
+        store.write_outputs(best, snapshots)
 
 
 def log(live: Live, record: Record) -> None:

@@ -140,9 +140,12 @@ def environment() -> dict[str, str]:
 def run_stage(
     folder: Path, stage: str, before: str = "", **sections: dict[str, Any]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a stage in a folder of its own."""
+    """Run a stage in a folder of its own, which must close every file that it opens."""
     command = stage_command(folder, stage, before, **sections)
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+    shown = environment() | {"PYTHONWARNINGS": "default::ResourceWarning"}
+    done = subprocess.run(command, cwd=folder, env=shown, capture_output=True, text=True, timeout=120)
+    assert "ResourceWarning" not in done.stderr, done.stderr
+    return done
 
 
 def succeed(folder: Path, stage: str, **sections: dict[str, Any]) -> str:

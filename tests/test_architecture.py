@@ -13,11 +13,12 @@ from src import yaml12
 ROOT = Path(__file__).parent.parent
 
 ORDER = (
-    "paths yaml12 provenance runtime params zipped archive sources images split batches backbones networks optimizers "
-    "schedules environment checkpoints training evaluation export figures"
+    "paths yaml12 provenance runtime params zipped archive sources images intervals split batches backbones networks "
+    "optimizers schedules environment checkpoints training evaluation export figures"
 ).split()
 WITHOUT_TORCH = {
-    *("paths", "yaml12", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "split"),
+    *("paths", "yaml12", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "intervals"),
+    "split",
     *("schedules", "checkpoints", "figures"),
 }
 # Beyond the order: an evaluation that could train, or a decoder that needed a network, would be tangled, not wrong.

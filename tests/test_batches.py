@@ -580,6 +580,40 @@ def test_an_epoch_goes_on_after_any_step(case: tuple[int, Train, int, int]) -> N
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(straight, rest, strict=True))
 
 
+@given(st.integers(1, 300), st.integers(1, 80))
+@settings(max_examples=200, deadline=None)
+def test_an_epoch_takes_each_image_once_and_none_alone(count: int, batch: int) -> None:
+    params = train_params(seed=3, augment=augmented_by(), batch=batch)
+    picks = [plan(count, params, epoch=2, step=step)[0] for step in range(1, count_steps(count, batch) + 1)]
+    assert torch.equal(torch.cat(picks), epoch_order(count, seed=3, epoch=2))
+    sizes = [len(some) for some in picks]
+    assert set(sizes[:-1]) <= {batch}
+    assert sizes[-1] <= batch + (count % batch == 1)
+    assert min(sizes) > 1 or 1 in (count, batch)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "sizes"),
+    [
+        (28, 9, [9, 9, 10]),
+        (27, 9, [9, 9, 9]),
+        (29, 9, [9, 9, 9, 2]),
+        (10, 9, [10]),
+        (5, 9, [5]),
+        (1, 9, [1]),
+        (3, 1, [1, 1, 1]),
+        (3_472, 64, [64] * 54 + [16]),  # the sample's
+    ],
+)
+def test_a_single_image_left_over_joins_the_step_before(count: int, batch: int, sizes: list[int]) -> None:
+    params = train_params(augment=augmented_by(), batch=batch)
+    table = table_of(torch.zeros(count, 2, 2, 1, dtype=torch.uint8))
+    assert [len(targets) for _, targets in batches(table, params, 1)] == sizes
+    for step in (0, len(sizes) + 1):
+        with pytest.raises(AssertionError, match=f"step {step} of an epoch of {len(sizes)}"):
+            plan(count, params, epoch=1, step=step)
+
+
 def test_each_step_of_each_epoch_and_seed_draws_its_own_changes() -> None:
     keys = [(seed, epoch, step) for seed in (0, 1) for epoch in (1, 2) for step in (1, 2)]
     drawn = []

@@ -1,9 +1,12 @@
 """Scores are those of the textbooks, confidence is what it says, and a model is only judged on what it knows."""
 
 import csv
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -11,9 +14,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
+from torch import nn
 
 from src import paths
-from src.batches import read_dataset
+from src.batches import Table, read_dataset
 from src.evaluation import (
     calibration_error,
     fit_temperature,
@@ -22,9 +26,10 @@ from src.evaluation import (
     score,
     sure_from,
     tabulate,
-    wilson_interval,
 )
+from src.intervals import ONE_SIDED, report_few, wilson_interval
 from src.networks import load
+from src.runtime import PipelineError
 from stages import evaluate as evaluate_stage
 from tests.helpers import contents
 from tests.project import Project
@@ -89,13 +94,18 @@ def test_the_interval_is_that_of_newcombes_table(right: int, count: int, low: fl
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_class_that_is_never_predicted_or_has_no_test_image_scores_zero() -> None:
+def test_what_is_0_of_0_has_no_score_and_counts_in_no_mean() -> None:
     predictions = table_of(["a", "a", "b"], [[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.6, 0.3, 0.1]], ["a", "b", "c"])
     overall, classes = score(predictions, ["a", "b", "c"])
-    assert classes["precision"].tolist() == [pytest.approx(2 / 3), 0, 0]
-    assert classes["recall"].tolist() == [1, 0, 0]
+    assert classes["precision"].tolist() == pytest.approx([2 / 3, math.nan, math.nan], nan_ok=True)
+    assert classes["recall"].tolist() == pytest.approx([1, 0, math.nan], nan_ok=True)
+    assert classes["f1"].tolist() == pytest.approx([0.8, 0, math.nan], nan_ok=True)
     assert classes["images"].tolist() == [2, 1, 0]
-    assert overall["macro_recall"] == pytest.approx(1 / 3)
+    means = {name: overall[f"macro_{name}"] for name in ("precision", "recall", "f1")}
+    assert means == {"precision": pytest.approx(2 / 3), "recall": pytest.approx(1 / 2), "f1": pytest.approx(0.4)}
+    assert (overall["sure_share"], overall["sure_accuracy"]) == (None, None)
+    assert "null" in json.dumps(overall, allow_nan=False)
+    assert classes.to_csv(index=False).splitlines()[3] == "c,,,,0"
     assert overall["loss"] == pytest.approx(-np.log([0.8, 0.7, 0.3]).mean())
 
 
@@ -150,16 +160,83 @@ def test_a_temperature_is_found_where_every_answer_is_right_and_where_all_logits
     assert 0.05 <= fit_temperature(torch.zeros(4, 1, 2), codes) <= 20
 
 
-def test_answers_are_sure_from_the_lowest_confidence_on_that_keeps_the_promise() -> None:
-    chances = [0.99, 0.95, 0.95, 0.9, 0.80009, 0.7, 0.6]
-    shares = np.array([[chance, 1 - chance] for chance in chances])
-    codes = np.array([0, 0, 0, 1, 0, 0, 1])
-    assert sure_from(shares, codes, 1.0) == 0.95  # then comes the first mistake
-    assert sure_from(shares, codes, 0.8) == 0.7  # 5 of 6 are right
-    assert sure_from(shares, codes, 0.71) == 0.6  # 5 of 7
-    assert sure_from(shares, np.array([0, 0, 0, 1, 0, 1, 1]), 0.8) == 0.8  # down to four digits, so that it is in
-    assert sure_from(shares, np.array([0, 1, 0, 0, 0, 0, 0]), 1.0) == 0.99  # no half of two that are equally confident
-    assert sure_from(shares, np.array([1, 0, 0, 0, 0, 0, 0]), 0.95) == 1.0  # none keeps it
+def answers(*groups: tuple[int, int, float]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Answers and truths of groups of so many images, of which so many are right, all with one confidence."""
+    shares = [[chance, 1 - chance] for count, _, chance in groups for _ in range(count)]
+    codes = [int(number >= right) for count, right, _ in groups for number in range(count)]
+    return np.array(shares), np.array(codes)
+
+
+@pytest.mark.parametrize(
+    ("groups", "wanted", "expected"),
+    [
+        ([(268, 268, 0.9)], 0.99, 0.9),  # 268 / (268 + 1.645 ** 2) is just above 0.99
+        ([(267, 267, 0.9)], 0.99, None),
+        ([(52, 52, 0.9)], 0.95, 0.9),
+        ([(51, 51, 0.9)], 0.95, None),
+        ([(400, 400, 0.95), (400, 390, 0.9)], 0.99, 0.95),  # 98.75 % of all: the point and the bound are below
+        ([(400, 400, 0.95), (400, 393, 0.9)], 0.99, 0.95),  # 99.1 % of all: the bound alone is below
+        ([(400, 400, 0.95), (400, 399, 0.9)], 0.99, 0.9),
+        ([(20, 0, 0.99), (5000, 5000, 0.9)], 0.99, 0.9),  # the most confident are wrong, all together are not
+        ([(400, 400, 0.80009)], 0.99, 0.8),  # down to four digits, so that it is in
+        ([(18, 18, 0.83), (20, 5, 0.6)], 0.95, None),  # a few lucky answers promise nothing
+        ([(1, 1, 0.9)], 0.01, 0.9),
+    ],
+    ids=str,
+)
+def test_answers_are_sure_from_the_lowest_confidence_that_validation_can_carry(
+    groups: list[tuple[int, int, float]], wanted: float, expected: float | None
+) -> None:
+    shares, codes = answers(*groups)
+    order = np.random.default_rng(0).permutation(len(codes))
+    assert sure_from(shares[order], codes[order], wanted) == expected
+
+
+def test_a_promise_is_rarely_broken_by_chance() -> None:
+    """Of networks that are right with 90 %, whatever their confidence, only few are called 95 % right anywhere."""
+    rng, promised, point = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        confidence, right = rng.uniform(0.5, 1, 60), rng.random(60) < 0.9
+        shares, codes = np.stack([confidence, 1 - confidence], 1), (~right).astype(np.int64)
+        promised += sure_from(shares, codes, 0.95) is not None
+        first = np.cumsum(right[np.argsort(-confidence)]) / np.arange(1, 61)
+        point += bool((first >= 0.95).any())
+    assert promised <= 10
+    assert point > 150, "where the share itself counted, nearly all were"
+
+
+def test_the_one_sided_bound_is_the_one_of_95_percent() -> None:
+    assert NormalDist().cdf(ONE_SIDED) == pytest.approx(0.95, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "accuracy", "words"),
+    [
+        (18, 0.9, "only 18 test images: an accuracy of 90 % on them has a 95 % interval of 29 points (69 to 97 %)"),
+        (1, 1.0, "only 1 test image: an accuracy of 100 % on them has a 95 % interval of 79 points (21 to 100 %)"),
+        (99, 0.9, "only 99 test images"),
+        (100, 0.9, ""),
+    ],
+)
+def test_a_small_part_is_reported_with_the_width_of_its_interval(
+    capsys: pytest.CaptureFixture[str], count: int, accuracy: float, words: str
+) -> None:
+    report_few("test", count, accuracy)
+    said = capsys.readouterr().err
+    assert words in said
+    assert bool(said) == bool(words)
+
+
+def test_answers_that_are_no_numbers_are_one_sentence() -> None:
+    class Broken(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean((1, 2)).log()  # of a black image, minus infinity
+
+    images = torch.ones(5, 2, 2, 1, dtype=torch.uint8)
+    images[3] = 0
+    table = Table(images, torch.arange(5), torch.zeros(5, dtype=torch.int64), 1)
+    with pytest.raises(PipelineError, match="answers to 1 of 5 images are no finite numbers; train again with a small"):
+        predict(Broken(), table, batch=2)
 
 
 def test_scores_tell_how_many_answers_are_sure_and_how_many_of_those_are_right() -> None:
@@ -167,7 +244,9 @@ def test_scores_tell_how_many_answers_are_sure_and_how_many_of_those_are_right()
     predictions = table_of(["cat", "cat", "cat", "dog", "dog"], chances, ["cat", "dog"])
     overall, _ = score(predictions, ["cat", "dog"], 0.6)
     assert (overall["sure_share"], overall["sure_accuracy"]) == (4 / 5, 3 / 4)
-    assert score(predictions, ["cat", "dog"], 1.0)[0]["sure_accuracy"] == 0
+    overall, _ = score(predictions, ["cat", "dog"], 1.0)
+    assert (overall["sure_share"], overall["sure_accuracy"]) == (0, None)
+    overall, _ = score(predictions, ["cat", "dog"], 0.6)
     # Answers of 0.55 and 0.6, 0.7, 0.8, 0.9 lie in five bins: the mean of what each lacks to 0 or 1.
     assert overall["calibration_error"] == pytest.approx((0.55 + 0.6 + 0.3 + 0.2 + 0.1) / 5)
 
@@ -234,7 +313,11 @@ def test_predicting_turns_dropout_off() -> None:
 def test_the_stage_tells_of_each_test_image_in_its_order(home: Project, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate_stage.main()
     said, errors = capsys.readouterr()
-    assert errors == ""
+    assert errors.endswith(
+        ": the 58 validation images show no confidence from which 99 % of the answers are right, so no answer is "
+        "called sure\n"
+    )
+    assert errors.count("\n") == 1
     split = pd.read_csv(paths.SPLIT, dtype=str)
     test = split[split["split"] == "test"]
     written = pd.read_csv(paths.PREDICTIONS, dtype={"actual": str, "predicted": str})
@@ -269,13 +352,16 @@ def test_training_images_judge_nothing() -> None:
 
 
 def test_temperature_and_threshold_come_from_validation_alone(home: Project) -> None:
+    home.set(evaluate__sure=0.6)
     evaluate_stage.main()
     before = home.json(str(paths.TEST_METRICS))
     network, _ = load(paths.MODEL)
     table = read_dataset().table("validation", torch.device("cpu"))
     logits, codes = predict(network, table, batch=512), table.labels.numpy()
-    assert before["temperature"] == (temperature := fit_temperature(logits, codes))
-    assert before["sure_from"] == sure_from(probabilities(logits, temperature), codes, 0.99)
+    temperature = fit_temperature(logits, codes)
+    assert before["temperature"] == temperature
+    sure = sure_from(probabilities(logits, temperature), codes, 0.6)
+    assert before["sure_from"] == sure is not None
     images = np.load(paths.IMAGES)
     images[pd.read_csv(paths.SPLIT)["split"] == "test"] = 0
     np.save(paths.IMAGES, images)
@@ -297,7 +383,7 @@ def test_the_size_of_a_batch_changes_nothing_that_matters(home: Project) -> None
     for written, metrics in found[1:]:
         assert written["predicted"].equals(found[0][0]["predicted"])
         assert np.allclose(written[chances], found[0][0][chances], rtol=2e-5, atol=1e-7)
-        assert metrics == {name: pytest.approx(value, rel=1e-6) for name, value in found[0][1].items()}
+        assert metrics == {name: value and pytest.approx(value, rel=1e-6) for name, value in found[0][1].items()}
 
 
 def test_judging_twice_gives_the_same_bytes(home: Project) -> None:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from src.networks import (
     Card,
     Dropout,
+    Head,
     Network,
     Residual,
     build,
@@ -129,6 +130,20 @@ def test_prepared_pixels_arrive_as_channels_last_without_being_laid_out_anew() -
     assert (logits.shape, logits.dtype) == ((4, 10), torch.float32)
     assert seen[0].shape == (4, 3, 32, 32)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("card", [replace(ARTICLE, size=32), MNIST, RESIDUAL], ids=["article", "mnist", "residual"])
+def test_pixels_are_uint8_with_their_channels_last_and_nothing_else(card: Card) -> None:
+    network, given = make(card).eval(), pixels(card)
+    with torch.inference_mode():
+        features = network.forward_features(given)
+        assert torch.equal(network.forward_head(features), network(given))
+        assert torch.equal(Head(network)(features), network(given))
+    first, floats = given.permute(0, 3, 1, 2), features.permute(0, 2, 3, 1)
+    for wrong in (features, floats, given.float(), given.long(), first, first.float() / 255):
+        for call in (network, network.forward_features):
+            with pytest.raises(TypeError, match=rf"expected uint8 pixels, \(N, S, S, {card.channels}\), found torch\."):
+                call(wrong)
 
 
 @pytest.mark.parametrize(

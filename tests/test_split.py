@@ -19,8 +19,8 @@ from PIL import Image
 from src import archive, images
 from src.params import Split
 from src.runtime import PipelineError
-from src.split import assign, draws, find_groups, summarize
-from tests.helpers import SMALL, assert_fails, crops, digits, encode, idx, photos, shared, succeed, zip_of
+from src.split import assign, cautions, draws, find_groups, summarize
+from tests.helpers import SMALL, assert_fails, crops, digits, encode, idx, photos, run_stage, shared, succeed, zip_of
 
 BLANK = np.zeros((0, 8, 8, 1), np.uint8)
 """Pixels for an index whose pictures are all far apart, so that no pixel is looked at."""
@@ -91,8 +91,11 @@ def test_the_order_of_the_files_changes_no_place() -> None:
 
 
 def test_the_order_of_duplicates_changes_no_place() -> None:
-    index = made_up(900, 3)
-    index["sha256"] = [f"{n // 3:064x}" for n in range(900)]
+    index = made_up(900)
+    index["sha256"], index["label"] = (
+        [f"{n // 3:064x}" for n in range(900)],
+        [f"class {n // 3 % 3}" for n in range(900)],
+    )
     expected = places(index)
     shuffled = index.sample(frac=1, random_state=0).reset_index(drop=True)
     pd.testing.assert_series_equal(places(shuffled).sort_index(), expected.sort_index())
@@ -165,7 +168,7 @@ def test_two_images_of_a_class_are_too_few() -> None:
 def test_copies_of_one_image_are_one_image() -> None:
     index = made_up(60)
     index.loc[:4, ["label", "sha256"]] = ["rare", "0" * 64]
-    assert "class 'rare' has 1 different images" in complaint(index)
+    assert "class 'rare' has 1 different image," in complaint(index)
 
 
 # --- duplicates
@@ -261,13 +264,96 @@ def test_what_duplicates_mean_is_counted() -> None:
     assert summary["duplicates_same_bytes"] == 2
     assert summary["duplicates_same_picture"] == 0
     # Rows 0, 1 and 3 are of the classes 0, 1 and 1: three images in doubt.
-    assert summary["duplicates_with_other_label"] == 3
-    assert summary["train_images"] + summary["validation_images"] + summary["test_images"] == 3000
+    assert summary["duplicates_with_other_label"] == summary["left_out_images"] == 3
+    assert summary["train_images"] + summary["validation_images"] + summary["test_images"] == 2997
+
+
+# --- what lies in two classes, and parts that are empty or small
+
+
+@pytest.mark.parametrize("official", [("",), ("train", "validation", "test")], ids=["drawn", "official"])
+def test_a_picture_in_two_classes_is_in_no_part_and_named(official: Sequence[str]) -> None:
+    index = made_up(900, 3, official)
+    index.loc[[4, 8], "sha256"] = index.loc[0, "sha256"]  # in bytes; of the classes 0, 1 and 2, of all official parts
+    index.loc[[30, 60], "sha256"] = index.loc[90, "sha256"]  # and copies within a class, which stay
+    table = assign(index, BLANK, params(official=len(official) > 1))
+    assert (table["split"] == "left_out")[[0, 4, 8]].all()
+    assert not (table.loc[table["split"] != "left_out"].groupby("group")["label"].nunique() > 1).any()
+    assert len(set(table["split"][[30, 60, 90]]) - {"left_out"}) == 1
+    (said,) = cautions(table)
+    assert said.startswith("3 images are left out, since the same picture lies in another class, such as ")
+    assert said.endswith("'000000.jpg' and '000004.jpg'")
+
+
+def test_a_picture_in_two_classes_moves_no_other_image() -> None:
+    index = made_up(900)
+    before = places(index)
+    index.loc[1, "sha256"] = index.loc[0, "sha256"]
+    after = places(index)
+    assert (after[2:] == before[2:]).all()
+
+
+def test_classes_without_an_official_test_or_validation_image_are_named() -> None:
+    index = made_up(900, 3, ("train", "validation", "test"))
+    index.loc[(index["label"] == "class 2") & (index["official"] != "train"), "official"] = "train"
+    said = list(cautions(assign(index, BLANK, params(official=True))))
+    assert said == [f"1 of 3 classes have no {part} image, such as 'class 2'" for part in ("validation", "test")]
+
+
+def alike(index: pd.DataFrame, first: str, second: str, column: str = "official") -> pd.DataFrame:
+    """The same index, but all images of the second part or class are copies of those of the first."""
+    index.loc[index[column] == second, "sha256"] = index["sha256"][index[column] == first].tolist()
+    return index
+
+
+@pytest.mark.parametrize(
+    ("index", "official", "said"),
+    [
+        (made_up(2), False, "class 'class 0' has 1 different image, expected at least 3"),
+        (made_up(200, 100), False, "class 'class 0' has 2 different images, expected at least 3"),
+        (alike(made_up(60), "class 0", "class 1", "label"), False, "every picture of class 'class 0' lies in another"),
+        (made_up(60).assign(sha256="0" * 64), False, "too, such as '000000.jpg' and '000001.jpg'; delete the wrong"),
+        (
+            alike(made_up(90, 3, ("train", "validation", "test")), "test", "validation"),
+            True,
+            "all 30 official validation images are left out, since others show the same in another class or in the "
+            "test images; set split.official: false",
+        ),
+        (
+            alike(made_up(90, 3, ("train", "test")), "test", "train"),
+            True,
+            "class 'class 0' has no official train image",
+        ),
+    ],
+    ids=["two classes of one", "a hundred of two", "two folders", "one picture", "validation", "train"],
+)
+def test_a_part_or_class_without_a_usable_image_is_one_sentence(index: pd.DataFrame, official: bool, said: str) -> None:
+    assert said in complaint(index, official=official)
+
+
+def test_every_official_test_image_in_doubt_is_one_sentence() -> None:
+    index = made_up(120, 2, ("train", "train", "test", "validation"))
+    tests = index.index[index["official"] == "test"]
+    index.loc[tests[::2], "sha256"] = index.loc[tests[1::2], "sha256"].tolist()
+    assert "all 30 official test images are left out" in complaint(index, official=True)
+
+
+@pytest.mark.parametrize(("validation", "test"), [(0.001, 0.2), (0.1, 0.001), (0.001, 0.001)])
+def test_a_share_that_rounds_to_nothing_still_gives_each_class_an_image(validation: float, test: float) -> None:
+    table = assign(made_up(90, 3), BLANK, params(validation=validation, test=test))
+    assert (pd.crosstab(table["label"], table["split"]) >= 1).all(axis=None)
+
+
+def test_images_of_one_value_are_one_picture_and_so_in_no_class() -> None:
+    gray = [encode(Image.new("L", (64, 64), value)) for value in (0, 50, 100, 150)]
+    index, table = index_of(gray, ["a", "a", "b", "b"])
+    with pytest.raises(PipelineError, match="every picture of class 'a' lies in another class, too"):
+        assign(index, table, params())
 
 
 def test_a_group_that_files_would_have_torn_apart_is_counted() -> None:
     index = made_up(3000)
-    index["sha256"] = [f"{n // 2:064x}" for n in range(3000)]
+    index["sha256"], index["label"] = [f"{n // 2:064x}" for n in range(3000)], "one"
     by_file = draws(index["path"], 0).to_numpy().reshape(-1, 2)
     placed = np.searchsorted([0.2, 0.3], by_file, side="right")
     torn = int((placed[:, 0] != placed[:, 1]).sum())
@@ -350,19 +436,27 @@ def home(prepared: Path, tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def test_the_stage_writes_a_place_for_each_image_and_counts_them(home: Path) -> None:
-    assert succeed(home, "split").startswith("split 91 images: ")
+def test_the_stage_writes_a_place_for_each_image_counts_them_and_says_what_is_doubtful(home: Path) -> None:
+    done = run_stage(home, "split")
+    assert done.stdout.startswith("split 91 images: ")
+    doubtful, *few = done.stderr.splitlines()
+    assert doubtful == (
+        "split: 2 images are left out, since the same picture lies in another class, such as "
+        "'NA/0.jpg' and '0/copy of 0, in another class.jpg'"
+    )
+    assert [line.partition(":")[2].split()[:4:2] for line in few] == [["only", "validation"], ["only", "test"]]
     table = pd.read_csv(home / "data/split.csv", dtype=str, keep_default_na=False)
     index = pd.read_csv(home / "data/index.csv", dtype=str, keep_default_na=False)
     assert list(table.columns) == ["path", "label", "split", "group"]
     assert table["path"].tolist() == index["path"].tolist()
     summary = json.loads((home / "metrics/data.json").read_text())
     assert (summary["images"], summary["rejected"], summary["duplicates_same_bytes"]) == (91, 2, 1)
-    assert summary["duplicates_with_other_label"] == 2
+    assert summary["duplicates_with_other_label"] == summary["left_out_images"] == 2
     assert {row["class"] for row in summary["classes"]} == {"0", "NA", "café"}
     for row in summary["classes"]:
         label = row.pop("class")
-        assert row == table["split"][table["label"] == label].value_counts().to_dict()
+        counted = table["split"][table["label"] == label].value_counts().to_dict()
+        assert row == {"left_out": 0} | counted
     assert table.groupby("group")["split"].nunique().max() == 1
 
 

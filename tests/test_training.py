@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +22,14 @@ from torch.nn import functional as F
 
 from src import paths, training, yaml12
 from src.batches import Dataset, Table, read_dataset, step_generator
-from src.checkpoints import Store
+from src.checkpoints import Record, Store
 from src.networks import Network, load, start
 from src.optimizers import make_optimizer
 from src.params import Train, load_params
+from src.provenance import hash_file
 from src.runtime import PipelineError
 from src.schedules import learning_rate
 from src.training import (
-    Record,
     Trainer,
     class_weights,
     evaluate,
@@ -121,6 +122,7 @@ def test_training_twice_gives_the_same_bytes_in_another_process_and_folder(
         "metrics/train/plots/metrics/validation/accuracy.tsv",
         "metrics/train/plots/metrics/validation/loss.tsv",
         "models/model.safetensors",
+        "models/snapshots/SHA256SUMS",
         "models/snapshots/epoch-0001.safetensors",
         "models/snapshots/epoch-0002.safetensors",
     ]
@@ -293,7 +295,7 @@ def test_a_longer_training_goes_on_and_ends_as_if_it_had_run_straight_through(
     assert "going on after epoch 3 of 6" in capsys.readouterr().err
     (home.folder / ".resume").rename(home.folder / "kept")
     assert train_on(home) == long
-    assert capsys.readouterr().err == ""
+    assert "going on" not in capsys.readouterr().err
     # And back: fewer epochs never get the longer run's weights.
     (home.folder / ".resume").rename(home.folder / "another")
     (home.folder / "kept").rename(home.folder / ".resume")
@@ -321,7 +323,7 @@ def test_another_training_begins_anew(
 ) -> None:
     shutil.copytree(finished.folder / ".resume", home.folder / ".resume")
     train_on(home, **changes)
-    assert capsys.readouterr().err == ""
+    assert "going on" not in capsys.readouterr().err
 
 
 def test_what_has_been_trained_to_its_end_is_written_again_without_a_step(
@@ -436,7 +438,10 @@ def test_without_patience_every_epoch_is_trained(data: Dataset, script: list[tup
 def test_snapshots_are_kept_as_often_as_asked(home: Project, every: int, kept: list[int]) -> None:
     home.set(train__epochs=3, train__snapshot_every=every, train__batch=400)
     train_stage.main()
-    assert sorted(file.name for file in paths.SNAPSHOTS.iterdir()) == [f"epoch-{n:04}.safetensors" for n in kept]
+    names = [f"epoch-{n:04}.safetensors" for n in kept]
+    assert sorted(file.name for file in paths.SNAPSHOTS.iterdir()) == ["SHA256SUMS", *names]
+    sums = [f"{hash_file(paths.SNAPSHOTS / name)}  {name}" for name in names]
+    assert (paths.SNAPSHOTS / "SHA256SUMS").read_text().splitlines() == sums
 
 
 # --- the arithmetic
@@ -832,7 +837,10 @@ def test_three_epochs_of_the_sample_reach_ninety_percent_on_test(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train__batch": 10_000}, "train.batch is 10,000, more than the 4"),
+        (
+            {"train__batch": 1, "model__name": "residual", "model__widths": [4]},
+            "found one image a step (train.batch: 1, training images: 451), but the batch normalisation of this",
+        ),
         ({"train__lr": 1e30}, "the training loss is nan in epoch 1; use a smaller train.lr than 1e+30"),
         (
             {"train__lr": 1e30, "train__clip": 1.0},
@@ -841,7 +849,7 @@ def test_three_epochs_of_the_sample_reach_ninety_percent_on_test(
         ({"train__device": "cuda"}, "the device 'cuda' is asked for, but torch finds none"),
         ({"model__name": "resnet"}, "model.name is 'resnet', expected one of"),
     ],
-    ids=["batch", "lr", "lr, clipped", "device", "name"],
+    ids=["batch normalisation", "lr", "lr, clipped", "device", "name"],
 )
 def test_a_mistake_is_one_sentence_and_costs_no_older_output(
     home: Project, sentence_of: Callable[[Callable[[], None]], str], changes: dict[str, object], words: str
@@ -852,6 +860,58 @@ def test_a_mistake_is_one_sentence_and_costs_no_older_output(
     home.set(**changes)
     assert words in sentence_of(train_stage.main)
     assert trained_outputs(home) == before
+
+
+def only(data: Dataset, count: int) -> Dataset:
+    """The same data with so many training images."""
+    rows = data.rows("train")[count:]
+    return replace(data, places=data.places.assign(split=data.places["split"].mask(data.places.index.isin(rows), "")))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch": 1}, {"mixup": 0.5, "batch": 1}, {"patience": 3}, {"class_weights": True}]
+)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_without_batch_normalisation_any_number_of_images_is_trained_on(
+    data: Dataset, count: int, changes: dict[str, object]
+) -> None:
+    mixed = {"augment": augmented_by(mixup=changes["mixup"])} if "mixup" in changes else {}
+    others = {name: value for name, value in changes.items() if name != "mixup"}
+    (record,) = fitted(only(data, count), epochs=1, **{**others, **mixed})
+    assert math.isfinite(record.train_loss)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(28, 9), (10, 3), (3, 2), (2, 64), (5, 64)])
+def test_a_single_image_left_over_does_not_stop_batch_normalisation(data: Dataset, count: int, batch: int) -> None:
+    small = augmented_by(image_size=8)  # of which one pixel is left behind the last stage: one value an image
+    network = a_network(data, name="residual", widths=[4, 4, 4])
+    records = fitted(only(data, count), network, epochs=2, batch=batch, augment=small)
+    assert [math.isfinite(record.train_loss) for record in records] == [True, True]
+
+
+def test_a_batch_larger_than_the_data_is_one_step_of_all_images(
+    data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, larger = a_network(data), a_network(data)
+    (expected,) = fitted(data, whole, epochs=1, batch=451)
+    assert "train.batch" not in capsys.readouterr().err
+    assert fitted(data, larger, epochs=1, batch=10_000) == [expected]
+    assert "train.batch is 10,000: each epoch is one step of all 451 training images" in capsys.readouterr().err
+    assert all(map(torch.equal, larger.parameters(), whole.parameters()))
+
+
+def test_batch_normalisation_of_one_training_image_is_one_sentence(data: Dataset) -> None:
+    with pytest.raises(PipelineError, match=r"found one image a step \(train\.batch: 64, training images: 1\), but"):
+        fitted(only(data, 1), a_network(data, **RESIDUAL))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_no_number_is_one_sentence(
+    data: Dataset, script: list[tuple[float, float]], loss: float
+) -> None:
+    script += [(0.5, 0.5), (loss, 0.1)]
+    with pytest.raises(PipelineError, match=rf"the validation loss is {loss} in epoch 2; use a smaller train\.lr"):
+        fitted(data, epochs=3, batch=400)
 
 
 def test_a_failure_after_some_epochs_costs_no_older_output(
@@ -926,7 +986,8 @@ def test_a_killed_training_leaves_the_older_model_and_the_next_one_tidies_up(
 
 
 def test_nothing_but_a_line_an_epoch_is_printed_where_nobody_watches(finished: Project) -> None:
-    assert finished.bytes("stderr") == b""
+    (few,) = finished.bytes("stderr").decode().splitlines()
+    assert few.startswith("train: only 58 validation images: an accuracy of ")
     first, *epochs = finished.bytes("stdout").decode().splitlines()
     count = (pd.read_csv(finished.folder / paths.SPLIT)["split"] == "train").sum()
     assert first.startswith(f"keras_mnist, 225,034 parameters, on {count} images, ")

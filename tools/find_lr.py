@@ -69,7 +69,7 @@ def sweep(first: float, last: float, steps: int) -> Iterator[Trial]:
     for count, batch in enumerate(tqdm(itertools.islice(endless(table, params), steps), total=steps, disable=None)):
         rate = first * (last / first) ** (count / (steps - 1))
         generator = step_generator("dropout", params.seed, 1, count + 1, fabric.device)
-        loss = trainer.step(*batch, rate, generator)[0].item() / len(batch[0])
+        loss = trainer.step(trainer.model, *batch, rate, generator)[0].item() / len(batch[0])
         average = MEMORY * average + (1 - MEMORY) * loss
         smooth = average / (1 - MEMORY ** (count + 1))
         best = min(best, smooth)

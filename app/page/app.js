@@ -26,7 +26,7 @@ class Refusal extends Error {
   }
 }
 
-/** What the service says of a picture: {classes: [{class, probability}], sure, heat}. */
+/** What the service says of a picture: {classes: [{class, probability}], sure: true, false or null, heat}. */
 async function askServer(file) {
   const body = new FormData();
   body.append("files", file, file.name);
@@ -43,7 +43,8 @@ async function askDevice(file) {
     .map((name, code) => ({ class: name, probability: probabilities[code] }))
     .sort((one, other) => other.probability - one.probability)
     .slice(0, SHOWN);
-  return { classes, sure: classes[0].probability >= about.card.sure_from, heat };
+  const from = about.card.sure_from;
+  return { classes, sure: from === null ? null : classes[0].probability >= from, heat };
 }
 
 // --- pictures ------------------------------------------------------------------------------------------------------
@@ -133,8 +134,8 @@ function fail(job, words) {
 }
 
 function show({ card }, { classes, sure, heat }) {
-  card.classList.toggle("unsure", !sure);
-  card.querySelector(".verdict").textContent = sure ? "" : "Not sure: nothing that it knows stands out.";
+  card.classList.toggle("unsure", sure === false);
+  card.querySelector(".verdict").textContent = sure === false ? "Not sure: nothing that it knows stands out." : "";
   card.querySelector(".bars").replaceChildren(
     ...classes.map(({ class: name, probability }) => {
       const [row, bar, label, share] = ["li", "i", "span", "span"].map((kind) => document.createElement(kind));
@@ -166,11 +167,11 @@ function draw(canvas, heat) {
 
 function announce() {
   const failed = done.filter(([, answer]) => !answer).length;
-  const unsure = done.filter(([, answer]) => answer && !answer.sure).length;
+  const unsure = done.filter(([, answer]) => answer?.sure === false).length;
   const [[name, only]] = done.length ? done : [[]];
   if (done.length === 1 && only) {
     const { class: best, probability } = only.classes[0];
-    $("status").textContent = `${name}: ${only.sure ? "" : "not sure, perhaps "}${best}, ${percent.format(probability)}`;
+    $("status").textContent = `${name}: ${only.sure === false ? "not sure, perhaps " : ""}${best}, ${percent.format(probability)}`;
   } else if (done.length) {
     const words = [unsure && `${unsure} not sure`, failed && `${failed} failed`].filter(Boolean).join(", ");
     $("status").textContent = `${done.length} pictures looked at${words && `: ${words}`}`;
@@ -185,7 +186,10 @@ function tell(about) {
     `${card.classes.length} classes: ${card.classes.join(", ")}. Whatever else a picture shows is taken for one of them.`;
   $("accuracy").textContent =
     `It named ${percent.format(card.accuracy)} of ${card.test_images} test pictures rightly; on others of their kind, ` +
-    `expect ${range}. Below a confidence of ${percent.format(card.sure_from)} it says that it is not sure.`;
+    `expect ${range}. ` +
+    (card.sure_from === null
+      ? "From which confidence on it can be trusted is not known: too few validation pictures."
+      : `Below a confidence of ${percent.format(card.sure_from)} it says that it is not sure.`);
   $("model").textContent =
     `Network ${card.network}, ${(bytes / 1e6).toFixed(1)} MB, sees ${card.size} × ${card.size} pixels. File ${sha256}.`;
 }
