@@ -8,7 +8,7 @@ from src.environment import settle
 from src.evaluation import fit_temperature, predict, probabilities, score, sure_from, tabulate
 from src.networks import load
 from src.params import load_params
-from src.runtime import PipelineError, run, whole
+from src.runtime import PipelineError, counted, run, whole
 
 
 def main() -> None:
@@ -41,7 +41,8 @@ def main() -> None:
         metrics.write_text(json.dumps(overall, indent=2) + "\n", encoding="utf-8")
         classes.to_csv(class_file, index=False, float_format="%.6g", lineterminator="\n")
     low, high = overall["accuracy_low"], overall["accuracy_high"]
-    print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {len(places):,} images")
+    tested = counted(len(places), "image")
+    print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {tested}")
 
 
 if __name__ == "__main__":

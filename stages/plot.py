@@ -28,7 +28,7 @@ def main() -> None:
 def read(params: Params) -> figures.Results:
     """Collect what the earlier stages wrote."""
     rows = _table(paths.PREDICTIONS, row=int, confidence=float)
-    shares: dict[str, Any] = dict.fromkeys(("precision", "recall", "f1"), float)
+    shares: dict[str, Any] = dict.fromkeys(("precision", "recall", "f1"), lambda cell: float(cell or "nan"))
     return figures.Results(
         images=np.load(paths.IMAGES, mmap_mode="r"),
         augmented=np.load(paths.AUGMENTED),

@@ -7,7 +7,7 @@ import pandas as pd
 
 from src import paths
 from src.params import load_params
-from src.runtime import run, whole
+from src.runtime import counted, run, whole
 from src.split import assign, summarize
 
 
@@ -23,7 +23,8 @@ def main() -> None:
         table.to_csv(split, index=False, lineterminator="\n")
         metrics.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     counts = ", ".join(f"{count:,} {name}" for name, count in table["split"].value_counts().items())
-    print(f"split {len(table):,} images: {counts}; {summary['groups_that_would_have_leaked']} groups kept from leaking")
+    leaks = counted(summary["groups_that_would_have_leaked"], "group")
+    print(f"split {counted(len(table), 'image')}: {counts}; {leaks} kept from leaking")
 
 
 if __name__ == "__main__":

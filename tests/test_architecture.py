@@ -12,11 +12,11 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 ORDER = (
-    "paths provenance runtime params zipped archive sources images split batches backbones networks optimizers "
-    "schedules environment checkpoints training evaluation export figures"
+    "paths provenance runtime params zipped archive sources images intervals split batches backbones networks "
+    "optimizers schedules environment checkpoints training evaluation export figures"
 ).split()
 WITHOUT_TORCH = {
-    *("paths", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "split"),
+    *("paths", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "intervals", "split"),
     *("schedules", "checkpoints", "figures"),
 }
 # Beyond the order: an evaluation that could train, or a decoder that needed a network, would be tangled, not wrong.
