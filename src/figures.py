@@ -122,7 +122,7 @@ class Results:
 
 def style(**more: Any) -> AbstractContextManager[None]:
     """The style of all figures, through which the user's own matplotlibrc does not show."""
-    settings = {**matplotlib.rcParamsDefault, **STYLE, **more}
+    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, **more}
     del settings["backend"]
     return matplotlib.rc_context(settings)
 

@@ -13,7 +13,7 @@ from src.environment import bits, describe, settle
 from src.networks import count_parameters, start
 from src.params import load_params
 from src.provenance import inputs_of
-from src.runtime import counted, in_sight, run, whole
+from src.runtime import in_sight, run, whole
 from src.training import Record, Trainer, fit_from, make_fabric
 
 SEEN = 25
@@ -27,8 +27,7 @@ def main() -> None:
     train, validation = (data.table(split, fabric.device) for split in ("train", "validation"))
     model, drawn = load_params().model, step_generator("weights", params.seed)
     network, card = start(model, data.size, data.channels, data.classes, channel_statistics(train), drawn)
-    weights, images = counted(count_parameters(network), "parameter"), counted(len(train), "image")
-    print(f"{card.network}, {weights}, on {images}, {fabric.device}")
+    print(f"{card.network}, {count_parameters(network):,} parameters, on {len(train):,} images, {fabric.device}")
     machine, steps = describe(fabric.device), count_steps(len(train), params.batch)
     made_of = {"model": asdict(card), "inputs": inputs_of("train"), "machine": bits(machine, params)}
     with (

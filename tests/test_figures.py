@@ -19,6 +19,7 @@ from sklearn.datasets import load_sample_image
 
 from src import figures, paths
 from src.params import load_params
+from src.runtime import counted
 from tests.helpers import ROOT, assert_fails, contents, digits, run_stage
 
 NAMES = ["curves.png", "confusion.png", "classes.png", "examples.png", "mistakes.png", "augmented.png", "report.html"]
@@ -308,7 +309,7 @@ def test_names_that_are_alike_when_cut_or_in_boxes_end_in_the_number_of_their_cl
     names = figures.labels(
         ["Tomato___Tomato_Yellow_Leaf_Curl_Virus", "犬", "Tomato___Tomato_Yellow_Leaf_Roll_Virus", "ok"]
     )
-    assert list(names.values()) == ["Tomato___Tomat…Virus #1", "犬 #2", "Tomato___Tomat…Virus #3", "ok"]
+    assert list(names.values()) == ["Tomato___Toma…_Virus #1", "犬 #2", "Tomato___Toma…_Virus #3", "ok"]
 
 
 def test_what_stands_beside_a_hebrew_name_stays_at_its_side() -> None:
@@ -386,6 +387,11 @@ def test_zero_of_zero_is_a_dash_and_never_the_weakest() -> None:
 
 
 def test_one_is_singular_everywhere() -> None:
+    assert [counted(1, "image"), counted(1026, "image"), counted(2, "class")] == [
+        "1 image",
+        "1,026 images",
+        "2 classes",
+    ]
     results = results_of(["cat", "dog"], epochs=1)
     found = figures.Prediction(0, "a.png", "cat", "dog", 0.5)
     one = dataclasses.replace(results, predictions=[found], augmented=results.augmented[:1])
