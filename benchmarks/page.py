@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from src.figures import BLUE, FAINT, INK, MUTED, ORANGE, STYLE
+from src.figures import BLUE, FAINT, INK, MUTED, ORANGE, style
 from src.runtime import whole
 
 DOCS = Path("docs")
@@ -312,9 +311,7 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 def picture(draw: Callable[[Known], Figure], known: Known) -> bytes:
     """Give a figure as SVG, the same bytes for the same figures."""
-    style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": "performance"}
-    del style["backend"]
-    with matplotlib.rc_context(style):
+    with style(**{"svg.hashsalt": "performance"}):
         file = io.BytesIO()
         draw(known).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()
@@ -329,11 +326,12 @@ def rates(known: Known) -> Figure:
             colour = BLUE if label in ("our loop", "prepare") else FAINT if "alone" in label else ORANGE
             axes.barh(place, found["median"], color=colour, height=0.4)
             axes.plot([found["min"], found["max"]], [place, place], color=INK, linewidth=1)
-            axes.text(0, place - 0.25, f"{label}: {found['median']:,.0f}", va="bottom", color=INK)
-        axes.set_yticks([])
+            axes.annotate(
+                f"{label}: {found['median']:,.0f}", (0, place - 0.2), (0, 4), textcoords="offset points", color=INK
+            )
+        plain(axes)
         axes.set_ylim(len(ways) - 0.7, -0.7)
-        axes.set_title(title)
-        axes.set_xlabel("images a second")
+        axes.set(title=title, xlabel="images per second")
     return figure
 
 
@@ -350,11 +348,18 @@ def step(known: Known) -> Figure:
         share = f"{label}\n{(end - begin) / whole_step:.0%}".replace("%", " %")
         axes.annotate(share, ((begin + end) / 2, 0.42), ha="center", va="bottom", color=INK)
         begin = end
-    axes.set_ylim(-0.4, 1.5)
-    axes.set_yticks([])
-    axes.set_xlabel("seconds")
-    axes.grid(visible=False)
+    plain(axes)
+    axes.set(xlim=(0, whole_step), ylim=(-0.4, 1.5), xlabel="seconds")
     return figure
+
+
+def plain(axes: Axes) -> None:
+    """Leave only the axis of the numbers, so that no line runs through a label above a bar."""
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False)
+    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.set_major_formatter("{x:,g}")
 
 
 def growth(known: Known) -> Figure:
@@ -366,9 +371,12 @@ def growth(known: Known) -> Figure:
         for stage, colour in (("prepare", BLUE), ("split", MUTED), ("train", ORANGE)):
             values = [known[f"{stage}_{times}x_{kind}"]["median"] * scale for times in (1, 4, 16)]
             axes.plot(images, values, "o-", color=colour)
-            axes.annotate(f" {stage}", (images[-1], values[-1]), color=colour, va="center")
+            axes.annotate(
+                stage, (images[-1], values[-1]), (7, 0), textcoords="offset points", color=colour, va="center"
+            )
         axes.set_ylim(0)
         axes.margins(x=0.15)
         axes.set(title=title, xlabel="images", ylabel=unit)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
     return figure

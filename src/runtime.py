@@ -129,6 +129,11 @@ def say(sentence: str) -> None:
     print(f"{Path(sys.argv[0]).stem}: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 1,026 images, 2 classes."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from src.evaluation import fit_temperature, predict, probabilities, score, sure_
 from src.intervals import report_few
 from src.networks import load
 from src.params import load_params
-from src.runtime import PipelineError, run, say, whole
+from src.runtime import PipelineError, counted, run, say, whole
 
 
 def main() -> None:
@@ -44,11 +44,12 @@ def main() -> None:
     low, high = overall["accuracy_low"], overall["accuracy_high"]
     if sure is None:
         say(
-            f"the {len(codes['validation']):,} validation images show no confidence from which {100 * params.sure:g} % of "
-            "the answers are right, so no answer is called sure"
+            f"the {len(codes['validation']):,} validation images show no confidence from which {100 * params.sure:g} % "
+            "of the answers are right, so no answer is called sure"
         )
     report_few("test", len(places), overall["accuracy"])
-    print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {len(places):,} images")
+    tested = counted(len(places), "image")
+    print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {tested}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from src import images, paths
 from src.archive import list_items, select
 from src.params import load_params
-from src.runtime import run, whole
+from src.runtime import counted, run, whole
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         listing = list_items(paths.RAW, params.include)
         items = select(listing, classes=params.classes)
         if others := listing.others:
-            print(f"left aside, since no images by their names: {len(others):,} files, such as {others[0]!r}")
+            print(f"left aside, since no images by their names: {counted(len(others), 'file')}, such as {others[0]!r}")
         with whole(paths.IMAGES, paths.INDEX, paths.REJECTED) as (table, index, rejected_list):
             prepared = images.prepare(
                 pool, paths.RAW, items, table, index, size=params.image_size, channels=params.channels
@@ -28,7 +28,8 @@ def main() -> None:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["path", "reason"])
                 writer.writerows([image.item.path, image.reason] for image in rejected)
-    print(f"prepared {len(items) - len(rejected):,} images of {params.image_size} px, rejected {len(rejected):,}")
+    count = counted(len(items) - len(rejected), "image")
+    print(f"prepared {count} of {params.image_size} px, rejected {len(rejected):,}")
 
 
 if __name__ == "__main__":

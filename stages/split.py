@@ -8,7 +8,7 @@ import pandas as pd
 from src import paths
 from src.intervals import report_few
 from src.params import load_params
-from src.runtime import run, say, whole
+from src.runtime import counted, run, say, whole
 from src.split import assign, cautions, summarize
 
 
@@ -28,7 +28,8 @@ def main() -> None:
         table.to_csv(split, index=False, lineterminator="\n")
         metrics.write_text(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     counts = ", ".join(f"{count:,} {name}" for name, count in table["split"].value_counts().items())
-    print(f"split {len(table):,} images: {counts}; {summary['groups_that_would_have_leaked']} groups kept from leaking")
+    leaks = counted(summary["groups_that_would_have_leaked"], "group")
+    print(f"split {counted(len(table), 'image')}: {counts}; {leaks} kept from leaking")
 
 
 if __name__ == "__main__":

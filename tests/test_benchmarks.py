@@ -1,14 +1,17 @@
 """The benchmarks compare like with like, and the page says what they found and nothing else."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import bench, page, tutorial, ways
 from src import images
+from src.figures import style
 from src.runtime import PipelineError
 from tests.helpers import ROOT
 
@@ -22,6 +25,20 @@ def test_the_committed_page_and_pictures_are_what_write_makes_of_the_figures(
     written = sorted(Path("docs").iterdir())
     assert len(written) == 4
     assert [file for file in written if file.read_bytes() != (ROOT / file).read_bytes()] == []
+
+
+@pytest.mark.parametrize("draw", [page.rates, page.step])
+def test_no_axis_or_grid_line_runs_through_a_label_above_a_bar(draw: Callable[[page.Known], Figure]) -> None:
+    with style():
+        figure = draw(json.loads((ROOT / bench.RESULTS).read_text(encoding="utf-8")))
+        figure.draw_without_rendering()
+    for axes in figure.axes:
+        lines = [*axes.spines.values(), *axes.get_xgridlines(), *axes.get_ygridlines()]
+        boxes = [line.get_window_extent() for line in lines if line.get_visible()]
+        crossed = [
+            text.get_text() for text in axes.texts if any(text.get_window_extent().overlaps(box) for box in boxes)
+        ]
+        assert (len(axes.texts) > 1, crossed) == (True, [])
 
 
 def test_every_ratio_that_is_wanted_was_measured_five_times() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from src.runtime import remove, say, whole
+from src.runtime import counted, remove, say, whole
 
 RESULTS, PAGE, CHART = Path("docs/results"), Path("docs/results.md"), Path("docs/results.svg")
 README = Path("README.md")
@@ -250,8 +250,8 @@ def different(values: Iterable[str]) -> str:
 
 def machine(run: dict[str, Any]) -> str:
     found = run["machine"]
-    threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
-    return f"{found['gpu'] or found['cpu']}, {found['cores']} cores, {threads}, {found['isa']}"
+    cores, threads = counted(found["cores"], "core"), counted(found["threads"], "thread")
+    return f"{found['gpu'] or found['cpu']}, {cores}, {threads}, {found['isa']}"
 
 
 def chart(runs: Runs) -> bytes | None:
@@ -259,17 +259,14 @@ def chart(runs: Runs) -> bytes | None:
 
     The scale is that of ratios, on which half the errors is the same step everywhere.
     """
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from src.figures import BLUE, INK, ORANGE, STYLE
+    from src.figures import BLUE, INK, ORANGE, STYLE, style
 
     if not (recipes := group(runs)):
         return None
-    style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": "results"}
-    del style["backend"]
-    with matplotlib.rc_context(style):
+    with style(**{"svg.hashsalt": "results"}):
         figure = Figure(figsize=(8, 1.1 + 0.45 * len(recipes)), layout="constrained")
         axes = figure.subplots()
         for row, ((recipe, _), found) in enumerate(recipes.items()):
@@ -284,10 +281,10 @@ def chart(runs: Runs) -> bytes | None:
         axes.set_ylim(len(recipes) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_xscale("log")
-        axes.set_xlabel("errors, of the test images")
+        axes.set_xlabel("error on the test images (logarithmic)")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        title = "Dots: runs; at the right: mean accuracy; orange: the tutorial, on its own data"
-        figure.suptitle(title, x=0.01, ha="left", size=matplotlib.rcParams["axes.titlesize"])
+        title = "Dots: runs; orange bars: the tutorial, on its own data; at the right: mean accuracy"
+        figure.suptitle(title, x=0.01, ha="left", size=STYLE["axes.titlesize"])
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.xaxis.set_minor_formatter(NullFormatter())
         file = io.BytesIO()
