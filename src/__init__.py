@@ -8,8 +8,8 @@ import os
 SETTINGS = {
     # OpenMP's threads spin while they wait at a barrier. Of two trainings on two cores each took five times as long.
     "OMP_WAIT_POLICY": "passive",
-    # numpy's cos and log, and the matrix products of its OpenBLAS, differ between CPUs in the last bit. These take code
-    # that every x86-64 CPU has that numpy and torch run on with AVX2, and one thread, whatever the number of cores.
+    # log, exp and power of numpy, and the products and inverses of its OpenBLAS, differ between CPUs in the last bits
+    # (measured): so code that any x86-64 CPU with AVX2 has, and one thread, whatever the number of cores.
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
     "OPENBLAS_CORETYPE": "Nehalem",
     "OPENBLAS_NUM_THREADS": "1",
