@@ -26,7 +26,7 @@ test: $(VENV)/ready $(MODULES)
 torture: $(VENV)/ready
 	OMP_NUM_THREADS=1 python -m tests.torture
 
-# Trains on emulated CPUs of Intel and AMD: are the bytes the same? Needs qemu-user 10 (Debian 13); takes minutes.
+# Runs every stage on emulated CPUs of Intel and AMD: are the bytes the same? Needs qemu-user 10 (docs/exact.md).
 portable: $(VENV)/ready
 	FULL=1 pytest --capture=no tests/test_portable.py
 

@@ -1,0 +1,3 @@
+"""The web service."""
+
+import src  # noqa: F401 - its settings of the process come before any other import

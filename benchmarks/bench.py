@@ -143,6 +143,12 @@ def training(rounds: int) -> Figures:
     }
 
 
+def queueing(rounds: int) -> Figures:
+    """Two trainings at once, as `dvc queue start -j 2` runs them, beside one alone."""
+    found = by_turns(rounds, {"one_training": partial(ways.at_once, 1), "two_trainings": partial(ways.at_once, 2)})
+    return named(found, "seconds") | {"two_trainings_vs_one": ratio(found, "two_trainings", "one_training")}
+
+
 def steps(rounds: int) -> Figures:
     """Where the time of a step goes, and what compiling gives and costs."""
     compiled = OURS._replace(changes=(("compile", True),))
@@ -207,7 +213,7 @@ def evaluating(rounds: int) -> Figures:
 
 def waiting(rounds: int) -> Figures:
     """Seconds of commands that have nothing to do, and of each stage's start."""
-    python, stages = sys.executable, sorted(Path("stages").glob("*.py"))
+    python, stages = sys.executable, sorted(Path("stages").glob("[!_]*.py"))
     found = by_turns(
         rounds,
         {
@@ -257,6 +263,7 @@ def growing(rounds: int) -> Figures:
 
 PARTS: dict[str, Callable[[int], Figures]] = {
     "training": training,
+    "queueing": queueing,
     "steps": steps,
     "downloading": downloading,
     "preparing": preparing,

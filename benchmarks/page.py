@@ -23,6 +23,7 @@ WANTED = {
     "epoch_vs_tutorial_article128": ("an epoch of the article's network", "the tutorial's loop", 2.5),
     "epoch32_vs_tutorial_article128": ("the same, without bf16", "the tutorial's loop", None),
     "compiled_vs_bare_ours64": ("`train.compile`, our network", "the same without", None),
+    "two_trainings_vs_one": ("seconds of two trainings at once, as of a queue", "one alone", 2.2),
     "prepare_vs_pil_one_core_animals10": ("prepare, Animals-10 to 64 px", "Pillow on one core", 3.0),
     "prepare_vs_pil_one_core_cats": ("prepare, Dogs vs Cats to 64 px", "Pillow on one core", 3.0),
     "prepare_vs_decoder_animals10": ("prepare, Animals-10 to 64 px", "decoding and resizing alone, all cores", 0.9),
@@ -49,11 +50,13 @@ WHY = {
     "train_vs_bare": "What is left is gathering and augmenting the batch, the metrics and the checkpoint, as the chart "
     "below shows.",
     "evaluate_vs_forward": "What is left is gathering the batch.",
+    "two_trainings_vs_one": "Both want all cores: threads that wait for one another do so without a core "
+    "(`OMP_WAIT_POLICY=passive`), but each change between the two costs time.",
     "memory": "It is what the system counts for the processes, pages of files that it shares with them among them.",
 }
 """What is said of a ratio that misses what is wanted, by how its name begins, or by a part of it."""
 
-LESS = {name for name in WANTED if name.startswith("repro") or "memory" in name}
+LESS = {name for name in WANTED if name.startswith(("repro", "two")) or "memory" in name}
 
 RATES = {
     "The article's network, 128 px": {

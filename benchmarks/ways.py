@@ -13,6 +13,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, suppress
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from PIL import Image
 
 from src import archive, images, paths, yaml12
 from src.provenance import hash_file
+from src.runtime import RESUME
 
 Way = Callable[[], float | dict[str, float]]
 """Gives one figure, or several by name."""
@@ -416,6 +418,32 @@ def accuracies(name: str, seed: int, size: int = 64, epochs: int = 20) -> dict[s
                 result = evaluate(trainer.network, Table(other, test, labels[test], len(classes)), 256)
             found[f"{way}_on_{judged}"] = result[1]
     return found
+
+
+def at_once(count: int, epochs: int = 5) -> Way:
+    """So many trainings of the sample at once, as of a queue, each in a folder of its own: seconds until all end."""
+    homes = [_sampled(epochs) for _ in range(count)]
+
+    def measure() -> float:
+        for home in homes:
+            shutil.rmtree(home / RESUME, ignore_errors=True)  # or training would find itself done
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(partial(run_stage, "train"), homes))
+        return time.perf_counter() - begun
+
+    return measure
+
+
+def _sampled(epochs: int) -> Path:
+    """Make a folder in which the sample is ready to be trained on."""
+    home = Path(tempfile.mkdtemp(prefix="bench-sample-"))
+    params = yaml.safe_load(Path("recipes/sample.yaml").read_text(encoding="utf-8"))
+    params["train"] |= {"epochs": epochs}
+    (home / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    for stage in ("download", "prepare", "split"):
+        run_stage(stage, home)
+    return home
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

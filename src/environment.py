@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CB
 _MATH = ("ATEN_", "DNNL_", "KMP_", "MKL_", "ONEDNN_")
 """How the names of variables begin that change how torch computes on a CPU."""
 
+_VECTORS = re.compile("amx|avx|bf16|dot|fma|fp16|i8mm|neon|sme|sve")
+"""How the names of instruction sets begin that libraries choose their arithmetic by (torch.cpu.get_capabilities)."""
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1
 """Settings of glibc's allocator (mallopt(3))."""
@@ -50,12 +53,14 @@ def settle(params: Train) -> None:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Describe what a result is made with; no time and no host's name: the same machine gives the same bytes."""
-    cuda = device.type == "cuda"
+    cuda, found = device.type == "cuda", torch.cpu.get_capabilities()
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "cpu": _cpu_name(),
+        "cpu": found.get("cpu_name") or platform.processor() or platform.machine(),
+        "cpu_model": _cpu_model(),
+        "instruction_sets": sorted(name for name, there in found.items() if there is True and _VECTORS.match(name)),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "math": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_MATH)},
@@ -69,9 +74,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def bits(record: dict[str, Any], params: Train) -> dict[str, Any]:
     """Give the part of a record on which the weights' bits depend; portable ones do not on the kind of CPU."""
-    keys = {"isa", "threads", "math", "device", "gpu", "cuda", "cudnn", "driver"} | (
-        set() if params.portable else {"cpu"}
-    )
+    keys = {"isa", "threads", "math", "device", "gpu", "cuda", "cudnn", "driver"}
+    keys |= set() if params.portable else {"cpu", "cpu_model", "instruction_sets"}
     packages = {name: record["packages"][name] for name in ("torch", "lightning-fabric")}
     return {key: record[key] for key in sorted(keys)} | packages
 
@@ -87,13 +91,15 @@ def _keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _cpu_name() -> str:
+def _cpu_model() -> str:
+    """Name the kind of CPU by its maker's numbers, since virtual machines call many kinds `AMD EPYC` and no more."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+    except OSError:  # not Linux; Windows has the numbers in what it calls the processor
+        return platform.processor()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    keys = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    return ", ".join(f"{key} {facts[key]}" for key in keys if key in facts)
 
 
 def _driver() -> str | None:

@@ -25,7 +25,6 @@ ENVIRONMENT = Path("metrics/environment.json")
 TRAIN_LOG = Path("metrics/train")
 TEST_METRICS = Path("metrics/test.json")
 CLASS_METRICS = Path("metrics/classes.csv")
-EXPORT_METRICS = Path("metrics/export.json")
 
 PLOTS = Path("plots")
 REPORT = Path("plots/report.html")

@@ -163,24 +163,35 @@ def _similar_hashes(hashes: NDArray[np.uint64]) -> Rows:
 
 
 def _same_picture(images: NDArray[np.uint8], pairs: Rows) -> NDArray[np.bool_]:
-    """Compare the thumbnails of each pair of rows, some at a time, so that memory stays small."""
-    found = [np.empty(0)]
+    """Compare the thumbnails of each pair of rows, some at a time, so that memory stays small.
+
+    Two blank pictures are the same. The sums are whole numbers, so that the order in which a CPU adds decides nothing.
+    """
+    found = [np.empty(0, dtype=np.bool_)]
     for start in range(0, len(pairs), 4096):
         rows, places = np.unique(pairs[start : start + 4096], return_inverse=True)
         thumbnails = _thumbnails(images, rows)
-        found.append(np.einsum("ij,ij->i", *(thumbnails[place] for place in places.T)))
-    return np.concatenate(found) >= MIN_CORRELATION
+        one, other = (thumbnails[place] for place in places.T)
+        spread, spread_of_other = _covariance(one, one), _covariance(other, other)
+        alike = _covariance(one, other) >= MIN_CORRELATION * np.sqrt(spread.astype(float) * spread_of_other)
+        found.append(alike & ((spread == 0) == (spread_of_other == 0)))
+    return np.concatenate(found)
 
 
-def _thumbnails(images: NDArray[np.uint8], rows: Rows) -> NDArray[np.float64]:
-    """Rows in gray, from 16x16 pixels (as they are up to 32x32), with mean 0 and length 1: (len(rows), pixels)."""
-    small = images[rows].mean(axis=-1) if images.shape[1] <= 32 else np.stack([_shrink(images[row]) for row in rows])
-    flat = small.reshape(len(rows), -1)
-    centred = flat - flat.mean(axis=1, keepdims=True)
-    # A blank picture has no length; as a unit vector of its own it equals any other blank one.
-    centred[~centred.any(axis=1)] = 1.0
-    unit: NDArray[np.float64] = centred / np.linalg.norm(centred, axis=1, keepdims=True)
-    return unit
+def _covariance(one: Rows, other: Rows) -> Rows:
+    """Times the number of pixels squared, so that it is a whole number: (N, pixels) twice -> (N,)."""
+    covariance: Rows = one.shape[1] * np.einsum("ij,ij->i", one, other) - one.sum(axis=1) * other.sum(axis=1)
+    return covariance
+
+
+def _thumbnails(images: NDArray[np.uint8], rows: Rows) -> Rows:
+    """Rows in gray, 16x16 pixels (as they are up to 32x32), as sums of the channels: (len(rows), pixels)."""
+    small = (
+        images[rows].sum(axis=-1, dtype=np.int64)
+        if images.shape[1] <= 32
+        else np.stack([_shrink(images[row]) for row in rows]).astype(np.int64)
+    )
+    return small.reshape(len(rows), -1)
 
 
 def _shrink(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,15 +1,14 @@
-"""Put the model into files for its deployment, and compare them: models/*.onnx and metrics/export.json."""
+"""Put the model into files for its deployment, models/*.onnx, and check that they answer as it does."""
 
 import json
 from dataclasses import asdict
 
 import pandas as pd
-import torch
 
 from src import paths
-from src.batches import read_dataset
+from src.batches import choose_device, read_dataset
 from src.environment import settle
-from src.export import agreement, answer, export, quantize
+from src.export import agreement, answer, check, export, quantize
 from src.networks import load
 from src.params import load_params
 from src.provenance import inputs_of
@@ -27,23 +26,25 @@ def main() -> None:
         evaluated, scores = pd.read_csv(paths.PREDICTIONS), json.loads(paths.TEST_METRICS.read_bytes())
     except FileNotFoundError as error:
         raise PipelineError(f"{error.filename} is missing; `dvc repro evaluate` makes it") from None
-    validation, test = (data.table(split, torch.device("cpu")) for split in ("validation", "test"))
-    shares, codes = evaluated[[f"p_{name}" for name in card.classes]].to_numpy(), test.labels.numpy()
+    validation, test = (data.table(split, choose_device("cpu")) for split in ("validation", "test"))
+    columns = [f"p_{name}" for name in card.classes]
+    if len(evaluated) != len(test) or not {*columns} <= {*evaluated}:
+        raise PipelineError(f"{paths.PREDICTIONS} is not of this model and split; `dvc repro evaluate` makes it again")
 
     made_of, told = inputs_of("export"), ("temperature", "sure_from", "accuracy", "accuracy_low", "accuracy_high")
     metadata = asdict(card) | {name: scores[name] for name in told} | {"test_images": len(test), "flip": params.flip}
     metadata |= {"model": made_of[str(paths.MODEL)], "data": {str(path): made_of[str(path)] for path in DATA}}
-    plain = export(network, card, scores["temperature"], flip=params.flip, metadata=metadata)
-    models = {"onnx": plain, "int8": quantize(plain, validation, batch=params.batch, metadata=metadata)}
+    exported = export(network, card, scores["temperature"], flip=params.flip, metadata=metadata)
+    models = (exported.model, quantize(exported, validation, batch=params.batch, metadata=metadata))
 
-    metrics = {}
-    with whole(paths.ONNX, paths.INT8, paths.EXPORT_METRICS) as (*files, metrics_file):
-        for (name, model), file in zip(models.items(), files, strict=True):
+    compared = []
+    with whole(paths.ONNX, paths.INT8) as files:
+        for model, file, target in zip(models, files, (paths.ONNX, paths.INT8), strict=True):
             file.write_bytes(model.SerializeToString(deterministic=True))
             found = answer(file, test, batch=params.batch, threads=threads)
-            metrics[name] = {"bytes": file.stat().st_size} | agreement(found, shares, codes)
-            print(f"{name}: {metrics[name]['same_top1']:.2%} of the test images are named as by the evaluated model")
-        metrics_file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            compared.append(agreement(found, evaluated[columns].to_numpy(), test.labels.numpy()))
+            print(f"{target}, {file.stat().st_size:,} bytes: {compared[-1]}")
+        check(*compared)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def make_model(path: Path, *, network: str, size: int, channels: int, widths: li
     built = networks.build(card, mean=[127.0] * channels, deviation=[60.0] * channels)
     networks.initialize(built.layers, torch.Generator().manual_seed(seed))
     metadata = {"classes": classes, "size": size, "channels": channels, "sure_from": 0.5}
-    path.write_bytes(export(built, card, 1.0, flip=False, metadata=metadata).SerializeToString())
+    path.write_bytes(export(built, card, 1.0, flip=False, metadata=metadata).model.SerializeToString())
     return path
 
 

@@ -40,7 +40,7 @@ def problems(root: Path) -> list[str]:
 
 
 def _import_problems(root: Path) -> Iterator[str]:
-    for file in sorted((root / "src").glob("*.py")):
+    for file in sorted((root / "src").glob("[!_]*.py")):
         if file.stem not in ORDER:
             yield f"src/{file.name} has no place in the order of imports"
             continue
@@ -72,7 +72,7 @@ def _stage_problems(root: Path) -> Iterator[str]:
 
 def _dvc_problems(root: Path) -> Iterator[str]:
     stages = yaml12.read(root / "dvc.yaml")["stages"]
-    scripts = {file.stem for file in (root / "stages").glob("*.py")}
+    scripts = {file.stem for file in (root / "stages").glob("[!_]*.py")}
     if scripts != set(stages):
         yield f"dvc.yaml and stages/ differ in {sorted(scripts ^ set(stages))}"
     for name in sorted(scripts & set(stages)):
@@ -144,16 +144,16 @@ def _imports_at_top(file: Path) -> set[str]:
 
 
 def _closure(root: Path, file: Path) -> set[str]:
-    """The project's files that a script is made of: itself, its imports, theirs, and the templates they name."""
+    """The project's files that a script is made of: itself, its packages, its imports, theirs, the templates named."""
     found: set[str] = set()
-    waiting = [file]
+    waiting = [file, root / "src/__init__.py", *file.parent.glob("__init__.py")]
     while waiting:
         file = waiting.pop()
         if (name := file.relative_to(root).as_posix()) in found:
             continue
         found.add(name)
         if file.suffix == ".py":
-            waiting += [root / f"{module.replace('.', '/')}.py" for module in _project_imports(file)]
+            waiting += [root / f"{module.replace('.', '/')}.py" for module in _project_imports(file) if "." in module]
             words = (node.value for node in ast.walk(_parse(file)) if isinstance(node, ast.Constant))
             waiting += [file.with_name(word) for word in words if isinstance(word, str) and word.endswith(".j2")]
     return found

@@ -5,76 +5,120 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from src import yaml12
+import src
+from src import paths
 from src.environment import PORTABLE
-from tests.helpers import EVERYTHING, ROOT, contents, environment
+from tests.helpers import EVERYTHING, ROOT, contents, crops, encode, environment
 from tests.project import Project
 
 pytestmark = pytest.mark.skipif(not os.environ.get("FULL"), reason="takes minutes; `make portable` runs it")
 # Debian 13's qemu-user, 10.0. That of Debian 12, 7.2, crashes in torch's grid_sample, which augmentation calls.
-emulated = pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="`apt install qemu-user` brings the emulator")
-STAGES = ("split", "train", "evaluate", "plot")
-"""Without prepare, whose workers would leave the emulator; it computes in whole numbers (Pillow)."""
+QEMU = shutil.which("qemu-x86_64")
+emulated = pytest.mark.skipif(QEMU is None, reason="needs qemu-user 10; README says where it comes from")
+CPUS = ("Haswell", "EPYC")
+"""Intel's of 2013, AMD's of 2017."""
+STAGES = ("download", "prepare", "split", "train", "evaluate", "plot", "export")
 
 
-@pytest.fixture(scope="module")
-def tiny(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """625 digits, two epochs with all that draws or changes a number."""
-    home = Project(tmp_path_factory.mktemp("tiny") / "home")
-    for name in ("data/images.npy", "data/index.csv", "data/rejected.csv", "data/raw.json", "params.yaml"):
-        (home.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(finished.folder / name, home.folder / name)
-    index = home.folder / "data/index.csv"
-    pd.read_csv(index, dtype=str)[::8].to_csv(index, index=False, lineterminator="\n")
-    home.set(train__schedule="cosine", train__threads=2)
-    params = yaml12.read(home.folder / "params.yaml")["train"]
-    assert (params["portable"], params["augment"]["flip"], params["augment"]["shift"]) == (True, True, 2)
-    return home.folder
+def emulated_python(folder: Path, cpu: str) -> str:
+    """Make a virtual environment whose Python, and with it every process that it starts, runs on an emulated CPU."""
+    python = folder / "bin/python"
+    python.parent.mkdir(parents=True)
+    real = Path(sys.executable).resolve()
+    python.write_text(f'#!/bin/sh\nexec {QEMU} -cpu {cpu} -0 {python} {real} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    shutil.copy(Path(sys.prefix, "pyvenv.cfg"), folder)
+    (folder / "lib").symlink_to(Path(sys.prefix, "lib"))
+    started = subprocess.run([python, "-c", "import sys; print(sys.executable)"], capture_output=True, text=True)
+    assert started.stdout == f"{python}\n", started.stderr  # which the workers of prepare are started with, too
+    return str(python)
 
 
-MODERN: dict[str, object] = {
-    **{f"train__{name}": value for name, value in EVERYTHING.items()},
-    **{"train__schedule": "onecycle", "train__warmup": 1, "evaluate__flip": True},
-    **{"model__name": "residual", "model__widths": [8, 16, 32]},
-}
-"""All that the tutorials' networks go without."""
+def digits(home: Project) -> None:
+    """All 5,000 digits, of which every 16th is trained on: the default, but for the length."""
+    home.set(train__epochs=1, train__schedule="cosine", train__threads=2)
 
 
-def results(tiny: Path, folder: Path, cpu: str | None, **changes: object) -> dict[str, bytes]:
-    """All that the stages make of it on this CPU, or on an emulated one; the record of the machine is set aside."""
-    shutil.copytree(tiny, folder)
-    Project(folder).set(**changes)
-    emulator = ["qemu-x86_64", "-cpu", cpu] if cpu else []
-    env = {name: value for name, value in environment().items() if name not in PORTABLE}
-    for stage in STAGES:
-        command = [*emulator, sys.executable, "-m", f"stages.{stage}"]
+def photographs(home: Project) -> None:
+    """Photographs in the formats that people have, and a training with all that draws or changes a number."""
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        *(("JPEG", {"quality": quality, "progressive": quality > 80}) for quality in (70, 95)),
+        *(("WEBP", {"quality": 80}), ("AVIF", {"quality": 70}), ("JPEG2000", {"irreversible": True})),
+        *(("PNG", {}), ("GIF", {}), ("TIFF", {}), ("BMP", {})),
+    ]
+    for number, (photo, (kind, options)) in enumerate(zip(crops(45, smallest=200), cycle(kinds), strict=False)):
+        image = photo.convert("L") if number % 5 == 0 else photo
+        file = home.folder / f"data/inbox/{'abc'[number // 15]}/{number}.{kind.lower()}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(image, kind, **options))
+    home.set(
+        **{f"train__{name}": value for name, value in EVERYTHING.items()},
+        **{"train__schedule": "onecycle", "train__warmup": 1, "train__epochs": 2, "train__batch": 8},
+        **{"download__source": "folder", "prepare__image_size": 48, "prepare__channels": 3, "evaluate__flip": True},
+        **{"model__name": "residual", "model__widths": [8, 16, 32]},
+    )
+
+
+def results(
+    folder: Path, python: str, scene: Callable[[Project], None], until: str = "export", **changes: object
+) -> Any:
+    """All that the stages make with this Python; the record of the machine is set aside."""
+    (folder / "data").mkdir(parents=True)
+    home = Project(folder)
+    shutil.copy(ROOT / "params.yaml", folder)
+    scene(home)
+    home.set(**changes)
+    env = {name: value for name, value in environment().items() if name not in PORTABLE | src.SETTINGS}
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        begun = time.monotonic()
+        command = [python, "-m", f"stages.{stage}"]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1_200)
         assert done.returncode == 0, done.stderr
+        print(f"{folder.name}: {stage} took {time.monotonic() - begun:.0f} s")
+        if stage == "prepare" and scene is digits:
+            _keep_every_16th(folder)
     found = contents(folder)
-    print(found.pop("metrics/environment.json").decode())
+    print(found.pop(str(paths.ENVIRONMENT)).decode())
     return found
 
 
+def _keep_every_16th(folder: Path) -> None:
+    for file in (paths.IMAGES, paths.INDEX):
+        shutil.copy(folder / file, folder / f"{file}.whole")
+    np.save(folder / paths.IMAGES, np.load(folder / paths.IMAGES)[::16])
+    rows = pd.read_csv(folder / paths.INDEX, dtype=str)[::16]
+    rows.to_csv(folder / paths.INDEX, index=False, lineterminator="\n")
+
+
 @emulated
-@pytest.mark.parametrize("changes", [{}, MODERN], ids=["as it is", "with everything on"])
-def test_intel_and_amd_give_the_same_bytes(tiny: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    here = results(tiny, tmp_path / "here", None, **changes)
-    for cpu in ("Haswell", "EPYC"):  # Intel's of 2013, AMD's of 2017
-        there = results(tiny, tmp_path / cpu, cpu, **changes)
-        assert sorted(name for name in here if here[name] != there[name]) == [], cpu
+@pytest.mark.parametrize("scene", [digits, photographs])
+def test_intel_and_amd_give_the_same_bytes(tmp_path: Path, scene: Callable[[Project], None]) -> None:
+    here = results(tmp_path / "here", sys.executable, scene)
+    for cpu in CPUS:
+        there = results(tmp_path / cpu, emulated_python(tmp_path / f"{cpu}-python", cpu), scene)
+        assert sorted(name for name in here if here[name] != there.get(name)) == [], cpu
         assert sorted(here) == sorted(there)
+    print(f"{scene.__name__}: {len(here)} files the same here and on {', '.join(CPUS)}: {', '.join(sorted(here))}")
 
 
 @emulated
-def test_without_portable_another_cpu_gives_other_bytes(tiny: Path, tmp_path: Path) -> None:
-    here = results(tiny, tmp_path / "here", None, train__portable=False)
-    there = results(tiny, tmp_path / "there", "Haswell", train__portable=False)
-    assert here["models/model.safetensors"] != there["models/model.safetensors"]
+def test_without_portable_another_cpu_gives_other_bytes(tmp_path: Path) -> None:
+    python = emulated_python(tmp_path / "python", "Haswell")
+    here, there = (
+        results(tmp_path / name, executable, digits, until="train", train__portable=False)
+        for name, executable in (("here", sys.executable), ("there", python))
+    )
+    assert here[str(paths.MODEL)] != there[str(paths.MODEL)]
 
 
 SPEED = """

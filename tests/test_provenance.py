@@ -47,6 +47,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 CHANGES = [
+    (append("src/__init__.py"), ["src/__init__.py"]),
     (append("src/batches.py"), ["src/batches.py"]),
     (append("stages/train.py"), ["stages/train.py"]),
     (append("data/split.csv"), ["data/split.csv"]),

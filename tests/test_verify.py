@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save
 
 from src import yaml12
+from src.environment import describe
 from tests.helpers import is_one_sentence
 from tests.project import Project, stages_run
 from tools.difference import difference, digest
@@ -129,7 +131,9 @@ def copy(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 def sound(copy: Callable[[str], Project]) -> Verified:
     """A committed state that another machine recorded, verified where every way back to former results is open."""
     project = copy("sound")
-    edit(project.folder / "metrics/environment.json", packages__numpy=OTHER_MACHINE)
+    sets = ["avx", "avx2", "fma3"]
+    edit(project.folder / "metrics/environment.json", packages__numpy=OTHER_MACHINE, instruction_sets=sets)
+    edit(project.folder / "metrics/environment.json", cpu_model="vendor_id AuthenticAMD, cpu family 25, model 1")
     project.dvc("commit", "--force")
     project.commit()
     aside = project.folder.parent
@@ -195,6 +199,14 @@ def test_another_machine_is_named_and_does_not_count(sound: Verified) -> None:
     assert sound.status()["metrics/environment.json"] == "see below"
     assert f"packages.numpy  recorded {OTHER_MACHINE}  here {np.__version__}" in sound.output
     assert sound.last().endswith("outputs the same, environment different")
+
+
+def test_another_kind_of_cpu_is_named_where_its_name_is_the_same(sound: Verified) -> None:
+    lines = [" ".join(line.split()) for line in sound.output.splitlines()]
+    here = describe(torch.device("cpu"))
+    assert f"cpu_model recorded vendor_id AuthenticAMD, cpu family 25, model 1 here {here['cpu_model']}" in lines
+    others = set(here["instruction_sets"]) - {"avx", "avx2", "fma3"}
+    assert {f"instruction_sets.{name} recorded nothing here yes" for name in others} <= set(lines)
 
 
 def test_nothing_is_left_behind(sound: Verified) -> None:
@@ -374,6 +386,12 @@ _F32 = np.zeros(3, np.float32)
             b'{"a": {"b": 1, "list": [1, 2]}, "same": 0}',
             b'{"a": {"list": [1, 3]}, "same": 0}',
             ["a.b       old 1  new nothing", "a.list.1  old 2  new 3"],
+        ),
+        (
+            "a.json",
+            b'[{"cpu": {"sets": ["avx2", "fma3"]}}]',
+            b'[{"cpu": {"sets": ["avx2", "avx512_f", "fma3"]}}]',
+            ["cpu.sets.avx512_f  old nothing  new yes"],
         ),
         ("spaces.json", b'{"a":1}', b'{"a": 1}', ["old 7 bytes, new 8 bytes; the first 5 are the same"]),
         ("a.csv", b"a\n1\n", b"a\n2\n3\n", ["2 of 3 lines differ, the first is line 2:", "  old 1", "  new 2"]),

@@ -62,6 +62,8 @@ def _values(old: Path, new: Path, labels: tuple[str, str]) -> list[str]:
 def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, list) and len(value) == 1:  # as metrics/environment.json is
         yield from _flat(value[0], name)
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):  # names, such as instruction sets
+        yield from ((f"{name}.{item}", "yes") for item in value)
     elif isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _flat(inner, f"{name}.{key}" if name else str(key))

@@ -1,0 +1,3 @@
+"""Commands that people run by hand."""
+
+import src  # noqa: F401 - its settings of the process come before any other import
