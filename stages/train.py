@@ -1,4 +1,4 @@
-"""Train the network: models/, metrics/train/, metrics/environment.json and data/augmented.npy."""
+"""Train the network: models/, metrics/train/, metrics/environment.json and data/training_batch.npy."""
 
 import json
 from dataclasses import asdict
@@ -33,7 +33,7 @@ def main() -> None:
     with (
         open_store(params, steps, made_of) as store,
         in_sight(paths.TRAIN_LOG) as folder,
-        whole(paths.MODEL, paths.SNAPSHOTS, paths.AUGMENTED, paths.ENVIRONMENT) as outs,
+        whole(paths.MODEL, paths.SNAPSHOTS, paths.TRAINING_BATCH, paths.ENVIRONMENT) as outs,
         Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live,
     ):
         best, snapshots, augmented, record = outs
