@@ -338,7 +338,7 @@ def _restore(place: Path) -> None:
 
     With the same files in the folder, archive and dvc.lock come out as they were.
     """
-    from dvc.api import DVCFileSystem  # takes a second to import
+    from dvc.api import DVCFileSystem  # type: ignore[import-untyped]  # takes a second to import
 
     restored = place / ".restored"  # hidden, and renamed when it is complete: a run that is cut off leaves no half set
     if not restored.exists():
