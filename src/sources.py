@@ -5,21 +5,23 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
 import struct
 import sys
 import time
+import zipfile
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from src import archive
-from src.params import Download
-from src.runtime import RESUME, PipelineError, alone, home, mirror
+from src import archive, paths
+from src.params import Download, parse
+from src.runtime import RESUME, PipelineError, alone, home, mirror, say, whole
 
 TIMEOUT = (20, 60)  # seconds: to connect, and between two bytes
 BUSY = frozenset([429, 500, 502, 503, 504])
@@ -286,6 +288,8 @@ def _reason(error: BaseException) -> str:
 def _folder(params: Download, target: Path) -> dict[str, object]:
     """The user's own images: a zip as it is, or class folders as one that depends on names and contents only."""
     place = _place(params.path)
+    if place.is_dir() and _is_recorded(params) and {entry.name for entry in _visible(place)} <= {"README.md"}:
+        _restore(place)
     before = _signature(place)
     files = sorted(_walk(place, "", ())) if place.is_dir() else []
     zips = [path for name, path in files if path and "/" not in name and name.lower().endswith(".zip")]
@@ -311,12 +315,59 @@ def _folder(params: Download, target: Path) -> dict[str, object]:
         raise PipelineError(f"{place} changed during the run; nothing was recorded; run the same command again")
     return {
         "source": "folder",
-        "dataset": None,
+        "dataset": zips[0].name if zips else None,
         "version": None,
         "licence": None,
         "url": None,
         **_identity(target),
     }
+
+
+def _is_recorded(params: Download) -> bool:
+    """Whether dvc.lock holds an archive of the same folder."""
+    try:
+        stage = parse(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]["download"]
+        recorded = stage["params"][str(paths.PARAMS)]["download"]
+    except (FileNotFoundError, KeyError):
+        return False
+    return (recorded["source"], recorded["path"]) == (params.source, params.path)
+
+
+def _restore(place: Path) -> None:
+    """Bring back the images of which dvc.lock's archive was made: a clone has none, since git and DVC never held them.
+
+    With the same files in the folder, archive and dvc.lock come out as they were.
+    """
+    from dvc.api import DVCFileSystem  # type: ignore[import-untyped]  # takes a second to import
+
+    restored = place / ".restored"  # hidden, and renamed when it is complete: a run that is cut off leaves no half set
+    if not restored.exists():
+        with whole(restored) as (part,):
+            part.mkdir()
+            recorded, packed = DVCFileSystem(), part / "recorded.zip"
+            try:
+                recorded.get_file(str(paths.RAW), str(packed))
+                origin = json.loads(recorded.cat_file(str(paths.ORIGIN)))
+            except Exception as error:
+                raise PipelineError(
+                    f"{place} holds no images, and the archive that dvc.lock records of it is neither in DVC's cache "
+                    f"nor in a remote ({error}); `dvc pull` it, or put the images there"
+                ) from None
+            archive.check(packed)
+            if origin["dataset"]:
+                packed.rename(part / origin["dataset"])
+            else:
+                with zipfile.ZipFile(packed) as images:
+                    images.extractall(part)
+                packed.unlink()
+    for entry in restored.iterdir():
+        entry.rename(place / entry.name)
+    restored.rmdir()
+    say(f"{place} held no images; those of the archive that dvc.lock records are back in it")
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
 
 
 def _signature(place: Path) -> dict[str, tuple[int, int]]:
@@ -347,7 +398,7 @@ def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[st
     real = folder.resolve()
     if real in above:
         raise PipelineError(f"{folder} is a link to a folder above it, so that it holds itself; remove the link")
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    entries = _visible(folder)
     if name and not entries:
         yield f"{name}/", None
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Judge the trained network on the test images: data/predictions.csv, metrics/test.json and metrics/classes.csv."""
+"""Judge the trained network on the test images: data/predictions.csv and metrics/."""
 
 import json
 
@@ -31,15 +31,20 @@ def main() -> None:
         codes[split] = table.labels.cpu().numpy()
         found[split] = predict(network, table, batch=params.batch, flip=params.flip)
     temperature = fit_temperature(found["validation"], codes["validation"])
-    sure = sure_from(probabilities(found["validation"], temperature), codes["validation"], params.sure)
+    validation = probabilities(found["validation"], temperature)
+    sure = sure_from(validation, codes["validation"], params.sure)
     places = data.places.iloc[data.rows("test")]
     predictions = tabulate(places, probabilities(found["test"], temperature), data.classes)
     overall, classes = score(predictions, data.classes, sure)
     overall |= {"temperature": temperature, "sure_from": sure}
+    metrics = {name: overall[name] for name in ("accuracy", "macro_f1")}
+    metrics["validation"] = float((validation.argmax(axis=1) == codes["validation"]).mean())
 
-    with whole(paths.PREDICTIONS, paths.TEST_METRICS, paths.CLASS_METRICS) as (table_file, metrics, class_file):
+    with whole(paths.PREDICTIONS, paths.EVALUATION, paths.TEST_METRICS, paths.CLASS_METRICS) as outs:
+        table_file, evaluation_file, metrics_file, class_file = outs
         predictions.to_csv(table_file, index=False, float_format="%.6g", lineterminator="\n")
-        metrics.write_text(json.dumps(overall, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        evaluation_file.write_text(json.dumps(overall, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        metrics_file.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         classes.to_csv(class_file, index=False, float_format="%.6g", lineterminator="\n")
     low, high = overall["accuracy_low"], overall["accuracy_high"]
     if sure is None:

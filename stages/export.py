@@ -23,7 +23,7 @@ def main() -> None:
     network, card = load(paths.MODEL)
     data = read_dataset()
     try:
-        evaluated, scores = pd.read_csv(paths.PREDICTIONS), json.loads(paths.TEST_METRICS.read_bytes())
+        evaluated, scores = pd.read_csv(paths.PREDICTIONS), json.loads(paths.EVALUATION.read_bytes())
     except FileNotFoundError as error:
         raise PipelineError(f"{error.filename} is missing; `dvc repro evaluate` makes it") from None
     validation, test = (data.table(split, choose_device("cpu")) for split in ("validation", "test"))

@@ -31,13 +31,13 @@ def read(params: Params) -> figures.Results:
     shares: dict[str, Any] = dict.fromkeys(("precision", "recall", "f1"), lambda cell: float(cell or "nan"))
     return figures.Results(
         images=np.load(paths.IMAGES, mmap_mode="r"),
-        augmented=np.load(paths.AUGMENTED),
+        augmented=np.load(paths.TRAINING_BATCH),
         predictions=[figures.Prediction(*list(row.values())[:5]) for row in rows],
         classes=[column.removeprefix("p_") for column in rows[0] if column.startswith("p_")],
         history={metric: _curves(metric) for metric in ("accuracy", "loss")},
         scores=[figures.Score(row.pop("class"), **row) for row in _table(paths.CLASS_METRICS, images=int, **shares)],
         training=json.loads((paths.TRAIN_LOG / "metrics.json").read_bytes()),
-        test=json.loads(paths.TEST_METRICS.read_bytes()),
+        test=json.loads(paths.EVALUATION.read_bytes()),
         data=json.loads(paths.DATA_METRICS.read_bytes()),
         origin=json.loads(paths.ORIGIN.read_bytes()),
         settings=params.model_dump(),

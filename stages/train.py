@@ -1,4 +1,4 @@
-"""Train the network: models/, metrics/train/, metrics/environment.json and data/augmented.npy."""
+"""Train the network: models/, metrics/train/, metrics/environment.json and data/training_batch.npy."""
 
 import json
 from dataclasses import asdict
@@ -33,8 +33,13 @@ def main() -> None:
     with (
         open_store(params, steps, made_of) as store,
         in_sight(paths.TRAIN_LOG) as folder,
-        whole(paths.MODEL, paths.SNAPSHOTS, paths.AUGMENTED, paths.ENVIRONMENT) as (best, snapshots, augmented, record),
-        augmented.open("wb") as seen,
+        whole(paths.MODEL, paths.SNAPSHOTS, paths.TRAINING_BATCH, paths.ENVIRONMENT) as (
+            best,
+            snapshots,
+            batch,
+            record,
+        ),
+        batch.open("wb") as seen,
         Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live,
     ):
         np.save(seen, next(batches(train, params, 1))[0][:SEEN].cpu().numpy())

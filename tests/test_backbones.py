@@ -585,7 +585,7 @@ def test_the_recipe_of_cats_and_dogs_runs_through(tmp_path: Path) -> None:
     network, card = load(project.folder / paths.MODEL)
     assert (card.network, card.head, len(card.weights)) == ("timm/resnet50.tv2_in1k", [512], 64)
     assert network.backbone[-1].state_dict().keys() == {key for key in state if not key.startswith("fc.")}
-    assert {"macro_precision", "macro_recall", "macro_f1"} <= project.json("metrics/test.json").keys()
+    assert {"macro_precision", "macro_recall", "macro_f1"} <= project.json("metrics/evaluation.json").keys()
 
 
 @pytest.mark.skipif(not os.environ.get("FULL"), reason="minutes; `make real` runs it")

@@ -34,7 +34,7 @@ from stages import evaluate as evaluate_stage
 from tests.helpers import contents
 from tests.project import Project
 
-OUTPUTS = (paths.PREDICTIONS, paths.TEST_METRICS, paths.CLASS_METRICS)
+OUTPUTS = (paths.PREDICTIONS, paths.EVALUATION, paths.CLASS_METRICS)
 
 
 def table_of(actual: list[str], probabilities: list[list[float]], classes: list[str]) -> pd.DataFrame:
@@ -291,7 +291,7 @@ def test_the_stage_flips_where_the_params_ask_for_it(home: Project) -> None:
     for flip in (False, True):
         home.set(evaluate__flip=flip)
         evaluate_stage.main()
-        temperature = home.json(str(paths.TEST_METRICS))["temperature"]
+        temperature = home.json(str(paths.EVALUATION))["temperature"]
         assert isinstance(temperature, float)
         found.append((pd.read_csv(paths.PREDICTIONS)[chances].to_numpy(), temperature))
     network, _ = load(paths.MODEL)
@@ -330,11 +330,17 @@ def test_the_stage_tells_of_each_test_image_in_its_order(home: Project, capsys: 
     assert np.allclose(written["confidence"], written[chances].max(axis=1))
     assert np.allclose(written[chances].sum(axis=1), 1, atol=1e-5)
 
-    metrics = home.json(str(paths.TEST_METRICS))
+    metrics = home.json(str(paths.EVALUATION))
     right = (written["actual"] == written["predicted"]).mean()
     assert metrics["accuracy"] == right
     assert metrics["images"] == len(test)
     assert f"test accuracy {right:.2%} (95 % interval" in said
+    # These columns of `dvc exp show`, in this order; more of them would push the changed params out of sight.
+    shown, training = home.json(str(paths.TEST_METRICS)), home.json("metrics/train/metrics.json")
+    assert list(shown) == ["accuracy", "macro_f1", "validation"]
+    assert shown["accuracy"] == right
+    assert shown["macro_f1"] == metrics["macro_f1"]
+    assert shown["validation"] == pytest.approx(training["best_validation_accuracy"])
     classes = pd.read_csv(paths.CLASS_METRICS)
     assert classes["class"].tolist() == list(range(10))
     assert classes["images"].sum() == len(test)
@@ -354,7 +360,7 @@ def test_training_images_judge_nothing() -> None:
 def test_temperature_and_threshold_come_from_validation_alone(home: Project) -> None:
     home.set(evaluate__sure=0.6)
     evaluate_stage.main()
-    before = home.json(str(paths.TEST_METRICS))
+    before = home.json(str(paths.EVALUATION))
     network, _ = load(paths.MODEL)
     table = read_dataset().table("validation", torch.device("cpu"))
     logits, codes = predict(network, table, batch=512), table.labels.numpy()
@@ -366,7 +372,7 @@ def test_temperature_and_threshold_come_from_validation_alone(home: Project) -> 
     images[pd.read_csv(paths.SPLIT)["split"] == "test"] = 0
     np.save(paths.IMAGES, images)
     evaluate_stage.main()
-    after = home.json(str(paths.TEST_METRICS))
+    after = home.json(str(paths.EVALUATION))
     assert after["accuracy"] != before["accuracy"]
     assert [after[name] for name in ("temperature", "sure_from")] == [
         before[name] for name in ("temperature", "sure_from")
@@ -378,7 +384,7 @@ def test_the_size_of_a_batch_changes_nothing_that_matters(home: Project) -> None
     for batch in (512, 1, 7):
         home.set(evaluate__batch=batch)
         evaluate_stage.main()
-        found.append((pd.read_csv(paths.PREDICTIONS), home.json(str(paths.TEST_METRICS))))
+        found.append((pd.read_csv(paths.PREDICTIONS), home.json(str(paths.EVALUATION))))
     chances = [f"p_{digit}" for digit in range(10)]
     for written, metrics in found[1:]:
         assert written["predicted"].equals(found[0][0]["predicted"])

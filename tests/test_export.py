@@ -230,7 +230,7 @@ def test_the_stage_puts_the_evaluated_model_into_files_and_says_how_far_they_agr
     export_stage.main()
     session = onnxruntime.InferenceSession(paths.ONNX)
     card = json.loads(session.get_modelmeta().custom_metadata_map["card"])
-    scores, printed = home.json(str(paths.TEST_METRICS)), capsys.readouterr().out.splitlines()
+    scores, printed = home.json(str(paths.EVALUATION)), capsys.readouterr().out.splitlines()
     assert {name: card[name] for name in ("temperature", "sure_from", "accuracy")} == {
         name: scores[name] for name in ("temperature", "sure_from", "accuracy")
     }
@@ -261,7 +261,7 @@ def without_predictions(home: Project) -> None:
 
 
 def without_scores(home: Project) -> None:
-    (home.folder / paths.TEST_METRICS).unlink()
+    (home.folder / paths.EVALUATION).unlink()
 
 
 def fewer_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -300,8 +300,8 @@ def test_what_was_evaluated_is_what_is_exported_or_nothing_is(
 def test_what_was_never_evaluated_is_not_exported(
     home: Project, sentence_of: Callable[[Callable[[], None]], str], change: Callable[[Project], None]
 ) -> None:
-    (home.folder / paths.TEST_METRICS).parent.mkdir(exist_ok=True)
-    for file in (paths.PREDICTIONS, paths.TEST_METRICS):
+    (home.folder / paths.EVALUATION).parent.mkdir(exist_ok=True)
+    for file in (paths.PREDICTIONS, paths.EVALUATION):
         (home.folder / file).write_text("{}")
     change(home)
     assert "is missing; `dvc repro evaluate` makes it" in sentence_of(export_stage.main)

@@ -105,7 +105,7 @@ def write_inputs(folder: Path, results: figures.Results) -> None:
     ):
         (folder / name).mkdir(parents=True)
     np.save(folder / paths.IMAGES, results.images)
-    np.save(folder / paths.AUGMENTED, results.augmented)
+    np.save(folder / paths.TRAINING_BATCH, results.augmented)
     with (folder / paths.PREDICTIONS).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         columns = [field.name for field in dataclasses.fields(figures.Prediction)]
@@ -121,7 +121,7 @@ def write_inputs(folder: Path, results: figures.Results) -> None:
             (folder / paths.TRAIN_LOG / f"plots/metrics/{part}/{metric}.tsv").write_text("\n".join(lines) + "\n")
     (folder / paths.TRAIN_LOG / "metrics.json").write_text(json.dumps(results.training))
     for path, record in (
-        (paths.TEST_METRICS, results.test),
+        (paths.EVALUATION, results.test),
         (paths.DATA_METRICS, results.data),
         (paths.ORIGIN, results.origin),
     ):

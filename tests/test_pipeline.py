@@ -258,6 +258,55 @@ def test_images_in_the_inbox_reach_workspace_and_temporary_runs(project: Project
     assert project.json("metrics/data.json")["images"] == 59
 
 
+@pytest.fixture
+def colleague(project: Project, inbox: Callable[[str], Path], tmp_path: Path) -> Callable[[], Project]:
+    """A way to push a project whose images are in its inbox, and to get a clone of it into which all is pulled."""
+    inbox("data/inbox")
+    project.set(download__source="folder")
+    project.dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
+
+    def clone() -> Project:
+        project.dvc("repro", "plot")
+        project.commit()
+        project.dvc("push")
+        # As Windows' git is set up; the remote's path is absolute.
+        project.git("clone", "--quiet", "--config", "core.autocrlf=true", str(project.folder), str(tmp_path / "clone"))
+        found = Project(tmp_path / "clone")
+        found.dvc("pull")
+        return found
+
+    return clone
+
+
+def test_a_clone_gets_the_images_of_the_inbox_back_and_reruns_nothing(colleague: Callable[[], Project]) -> None:
+    clone = colleague()
+    lock, archive = clone.bytes("dvc.lock"), clone.bytes("data/raw.zip")
+    stages = ("download", "prepare", "split", "train", "evaluate", "plot")
+    changed = json.loads(clone.dvc("status", "--json", *stages))
+    assert changed == {"download": [{"changed deps": {"data/inbox": "modified"}}]}
+    output = clone.dvc("exp", "run", "--temp", "--name", "aside", "-S", "train.epochs=2", "plot")
+    assert stages_run(output) == ["download", "train", "evaluate", "plot"]
+    output = clone.dvc("repro", "plot")
+    assert stages_run(output) == ["download"]
+    assert "data/inbox held no images; those of the archive that dvc.lock records are back in it" in output
+    assert (clone.bytes("dvc.lock"), clone.bytes("data/raw.zip")) == (lock, archive)
+    assert clone.git("status", "--short") == ""
+    assert "up to date" in clone.dvc("repro", "plot")
+
+    shutil.rmtree(clone.folder / ".dvc/cache")
+    for path in (*(clone.folder / "data/inbox").glob("digit *"), clone.folder / ".dvc/tmp"):
+        shutil.rmtree(path)
+    assert stages_run(clone.dvc("repro", "download")) == ["download"], "out of the remote"
+    assert clone.bytes("dvc.lock") == lock
+
+
+def test_images_that_dvc_tracks_are_up_to_date_in_a_clone(project: Project, colleague: Callable[[], Project]) -> None:
+    project.dvc("add", *(f"data/inbox/digit {label}" for label in (0, 1, 2)))
+    clone = colleague()
+    assert "up to date" in clone.dvc("repro", "plot")
+    assert clone.git("status", "--short") == ""
+
+
 def test_a_folder_outside_the_repository_is_watched(project: Project, inbox: Callable[[str], Path]) -> None:
     folder = inbox("../photos of mine")
     project.set(download__source="folder", download__path=str(folder.resolve()))

@@ -232,7 +232,7 @@ def test_a_run_that_was_killed_goes_on_and_its_minutes_are_the_sum(recorded: Rec
 
 def test_the_record_holds_what_the_pipeline_found(recorded: Recorded) -> None:
     record, made = recorded.record, Project(recorded.project.folder / f".resume/runs/{NAME}/clone")
-    test, trained = made.json("metrics/test.json"), made.json("metrics/train/metrics.json")
+    test, trained = made.json("metrics/evaluation.json"), made.json("metrics/train/metrics.json")
     assert record["test_accuracy"] == test["accuracy"]
     assert record["macro_f1"] == test["macro_f1"]
     assert (record["test_images"], record["train_images"]) == (test["images"], trained["train_images"])

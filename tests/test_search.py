@@ -38,7 +38,7 @@ stages:
     cmd: python -m stages.train
     deps: [stages/train.py]
     params: [model, train, evaluate]
-    metrics: [metrics/train/metrics.json: {cache: false}]
+    metrics: [metrics/test.json: {cache: false}]
 """
 STAGE = """
 import json, os, time
@@ -55,7 +55,7 @@ with in_one_sentence():
         time.sleep(0.02)
     Path("metrics/train").mkdir(parents=True, exist_ok=True)
     value = 1 - abs(params.train.lr - 0.002) - params.train.batch / 1000
-    Path("metrics/train/metrics.json").write_text(json.dumps({"best_validation_accuracy": value}))
+    Path("metrics/test.json").write_text(json.dumps({"validation": value}))
 """
 
 
@@ -160,8 +160,8 @@ def test_each_trial_is_an_experiment_whose_params_are_those_it_tells(straight: S
     assert [line[0] for line in lines] == ["space-0", "space-1"] == sorted(revs)
     for name, value, batch, lr in lines:
         params = revs[name]["params"]["params.yaml"]["data"]
-        metrics = revs[name]["metrics"]["metrics/train/metrics.json"]["data"]
-        assert f"{metrics['best_validation_accuracy']:.4f}" == value
+        metrics = revs[name]["metrics"]["metrics/test.json"]["data"]
+        assert f"{metrics['validation']:.4f}" == value
         assert [f"train.batch={params['train']['batch']}", f"train.lr={params['train']['lr']:.4g}"] == [batch, lr]
 
 
@@ -187,7 +187,7 @@ def test_the_best_are_told_with_commands_that_work(straight: Searched, tmp_path:
     assert [row[2].strip("[]") for row in rows] == [line[0] for line in best]
     assert "train.lr" in project.run("sh", "-c", diff)
     project.run("sh", "-c", apply)
-    assert f"{project.json('metrics/train/metrics.json')['best_validation_accuracy']:.4f}" == best[0][1]
+    assert f"{project.json('metrics/test.json')['validation']:.4f}" == best[0][1]
 
 
 # --- stopped ----------------------------------------------------------------------------------------------------------
@@ -483,5 +483,5 @@ def test_in_a_fresh_clone_a_killed_trial_goes_on_from_its_checkpoint(tmp_path: P
     assert re.search("train: going on after epoch [12] of 3", output)
     (line,) = told(output)
     project.dvc("exp", "apply", "space-0")
-    assert f"{project.json('metrics/train/metrics.json')['best_validation_accuracy']:.4f}" == line[1]
+    assert f"{project.json('metrics/test.json')['validation']:.4f}" == line[1]
     assert project.dvc("status").strip() == "Data and pipelines are up to date."

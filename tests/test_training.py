@@ -92,7 +92,7 @@ def data(home: Project) -> Dataset:  # noqa: ARG001
 
 def trained_outputs(home: Project) -> dict[str, bytes]:
     """All that the train stage writes, and what it might forget to tidy up."""
-    mine = ("models/", "metrics/train/", "data/augmented.npy")
+    mine = ("models/", "metrics/train/", "data/training_batch.npy")
     return {name: data for name, data in contents(home.folder).items() if name.startswith(mine) or ".part" in name}
 
 
@@ -115,7 +115,7 @@ def test_training_twice_gives_the_same_bytes_in_another_process_and_folder(
     succeed(home.folder, "train", train=params["train"], model=params["model"])
     assert trained_outputs(home) == first
     assert sorted(first) == [
-        "data/augmented.npy",
+        "data/training_batch.npy",
         "metrics/train/metrics.json",
         "metrics/train/plots/metrics/train/accuracy.tsv",
         "metrics/train/plots/metrics/train/loss.tsv",
@@ -163,12 +163,12 @@ def test_another_seed_trains_another_model(finished: Project, home: Project) -> 
 def test_the_augmented_examples_are_the_first_that_training_sees(home: Project) -> None:
     home.set(train__batch=10)
     train_stage.main()
-    seen = np.load(home.folder / paths.AUGMENTED)
+    seen = np.load(home.folder / paths.TRAINING_BATCH)
     assert (seen.shape, seen.dtype) == ((10, 28, 28, 1), np.uint8)
     home.set(train__batch=64)
     train_stage.main()
-    assert np.array_equal(np.load(home.folder / paths.AUGMENTED)[:10, 0, 0], seen[:, 0, 0])
-    assert len(np.load(home.folder / paths.AUGMENTED)) == train_stage.SEEN
+    assert np.array_equal(np.load(home.folder / paths.TRAINING_BATCH)[:10, 0, 0], seen[:, 0, 0])
+    assert len(np.load(home.folder / paths.TRAINING_BATCH)) == train_stage.SEEN
 
 
 # --- going on

@@ -166,7 +166,7 @@ def tampered_then(copy: Callable[[str], Project]) -> tuple[Verified, str]:
     project = copy("then")
     project.set(download__source="folder")
     name = add_to_a_weight(project.folder / "models/model.safetensors", 0.25)
-    augmented = project.folder / "data/augmented.npy"
+    augmented = project.folder / "data/training_batch.npy"
     np.save(augmented, np.load(augmented)[1:])
     project.dvc("commit", "--force")
     classes = project.folder / "metrics/classes.csv"
@@ -175,7 +175,7 @@ def tampered_then(copy: Callable[[str], Project]) -> tuple[Verified, str]:
     project.git("tag", "boasting")
     md5 = str(digest(augmented))
     (project.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()
-    for gone in ("data/augmented.npy", "data/raw.zip", "models/model.safetensors"):
+    for gone in ("data/training_batch.npy", "data/raw.zip", "models/model.safetensors"):
         (project.folder / gone).unlink()
     (project.folder / "params.yaml").write_text("nothing that a run could use", encoding="utf-8")
     return verify(project, "boasting", code=1), name
@@ -184,7 +184,7 @@ def tampered_then(copy: Callable[[str], Project]) -> tuple[Verified, str]:
 def test_a_committed_state_is_made_again_and_each_output_is_the_same(sound: Verified) -> None:
     lock = yaml12.read(sound.project.folder / "dvc.lock")["stages"]
     outputs = {out["path"]: "same" for stage in STAGES for out in lock[stage]["outs"]}
-    assert {"models/model.safetensors", "metrics/train/plots", "plots/curves.png", "plots/report.html"} <= set(outputs)
+    assert {"models/model.safetensors", "metrics/train", "plots/curves.png", "plots/report.html"} <= set(outputs)
     assert sound.status() == outputs | {"metrics/environment.json": "see below"}
 
 
@@ -248,7 +248,7 @@ def test_a_wrong_model_that_was_recorded_is_found_by_running_again(tampered_then
 
 
 def test_a_recorded_file_that_is_nowhere_any_more_is_said_to_be(tampered_then: tuple[Verified, str]) -> None:
-    assert tampered_then[0].notes("data/augmented.npy") == ["the recorded file is not at hand"]
+    assert tampered_then[0].notes("data/training_batch.npy") == ["the recorded file is not at hand"]
 
 
 def test_a_metric_that_was_changed_in_a_commit_is_named(tampered_then: tuple[Verified, str]) -> None:

@@ -277,7 +277,7 @@ def describe(run: Run, clock: dict[str, Any]) -> dict[str, Any]:
     try:
         test, trained, (machine,), raw = (
             json.loads((run.clone / path).read_text(encoding="utf-8"))
-            for path in (paths.TEST_METRICS, paths.TRAIN_LOG / "metrics.json", paths.ENVIRONMENT, paths.ORIGIN)
+            for path in (paths.EVALUATION, paths.TRAIN_LOG / "metrics.json", paths.ENVIRONMENT, paths.ORIGIN)
         )
         return {
             "recipe": run.recipe,
