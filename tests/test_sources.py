@@ -473,7 +473,7 @@ def bad_name(inbox: Path) -> None:
         (bad_name, "data/inbox", ["caf\\xe9", "UTF-8"]),
         (lambda inbox: (inbox / "a.png").write_bytes(b""), "data/inbox", ["data/inbox/a.png", "no class folder"]),
         (lambda inbox: (inbox / "a").symlink_to("nothing"), "data/inbox", ["data/inbox/a", "broken link"]),
-        (lambda inbox: [(inbox / n).write_bytes(b"") for n in ("a.zip", "b.zip")], "data/inbox", ["2 zips"]),
+        (lambda inbox: [(inbox / n).write_bytes(b"") for n in ("a.zip", "b.zip")], "data/inbox", ["2 archives"]),
         (lambda inbox: (inbox / "a.tar").write_bytes(b"tar"), "data/inbox/a.tar", ["data/inbox/a.tar", "no whole zip"]),
     ],
     ids="empty,missing,unset,tilde,outside,bytes name,no class,broken link,two zips,no zip".split(","),
