@@ -444,6 +444,7 @@ def test_a_jpeg_that_is_read_without_pillow_has_the_pixels_and_the_damage_that_p
     whole = [encode(photo, "JPEG", **options) for photo in resized for options in (*SOONER, *BY_PILLOW)]
     assert [outcome(data, sooner) for data in whole] == [outcome(data, refuse) for data in whole]
     assert len(read) == len(resized) * len(SOONER)
+    assert [outcome(data[:-2], sooner) for data in whole] == [outcome(data[:-2], refuse) for data in whole]
     read.clear()
     for data in whole:
         damaged = bytearray(data)
