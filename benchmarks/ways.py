@@ -438,9 +438,9 @@ def at_once(count: int, epochs: int = 5) -> Way:
 def _sampled(epochs: int) -> Path:
     """Make a folder in which the sample is ready to be trained on."""
     home = Path(tempfile.mkdtemp(prefix="bench-sample-"))
-    params = yaml.safe_load(Path("recipes/sample.yaml").read_text(encoding="utf-8"))
+    params = yaml12.read(Path("recipes/sample.yaml"))
     params["train"] |= {"epochs": epochs}
-    (home / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    (home / "params.yaml").write_text(yaml12.dump(params), encoding="utf-8")
     for stage in ("download", "prepare", "split"):
         run_stage(stage, home)
     return home

@@ -5,25 +5,32 @@ folder above it is an official split), and the idx files of MNIST and its kin (h
 """
 
 import gzip
+import math
+import os
 import re
 import shutil
 import struct
 import unicodedata
 import zipfile
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from src.runtime import PipelineError
-from src.zipped import Entry, entries, read, unpack
+from src.runtime import PipelineError, say
+from src.zipped import Entry, UnsupportedZip, entries, read, read_spelling, unpack, verify
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .tif .tiff .webp .avif .ppm .pgm .pbm .pnm .tga .jp2".split()
+    (
+        ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .tif .tiff .webp .avif .heic .heif .hif "
+        ".ppm .pgm .pbm .pnm .tga .jp2"
+    ).split()
 )
 OFFICIAL = {
     **dict.fromkeys(["train", "training"], "train"),
@@ -35,12 +42,27 @@ OFFICIAL = {
 MAX_RATIO = 200
 RATIO_MATTERS_FROM = 2**20
 MAX_UNPACKED = 2**40
+MAX_NAME, MAX_DEPTH = 1024, 32
+"""Characters of a path and its folders; Windows allows 260 characters, Linux 4,096, neither has a bound on folders."""
 _TRUST = "get the archive from a source that you trust"
+
+_UNPACK = "; unpack it with `{} {}` and use download.source: folder with download.path: FOLDER"
+_OTHER_FILES = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive, expected a zip or a tar" + _UNPACK.format("7z x -oFOLDER", "{path}"),
+    b"rar!\x1a\x07": "a RAR archive, expected a zip or a tar" + _UNPACK.format("7z x -oFOLDER", "{path}"),
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard, expected a zip or a tar; unpack it with `zstd -d {path}`",
+    b"\x1f\x8b": "a gzip file, expected a zip or a tar; unpack it with `gzip -d {path}`",
+    b"pk\x07\x08": "the first part of a zip; join all parts with `zip -s 0 NAME.zip --out whole.zip`",
+    **dict.fromkeys([b"<!doctype html", b"<html"], "an HTML page, expected a zip archive; get it again"),
+}
+"""What a file is that begins so, in lower case, and what to do."""
 
 # What reading damaged bytes raises; a name that is no UTF-8 is a ValueError.
 _DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
-_IDX = re.compile(r"^(?P<stem>.*)(?P<kind>images|labels)(?P<tail>[-.]idx[13]-ubyte(\.gz)?)$", re.IGNORECASE | re.DOTALL)
+_IDX = re.compile(
+    r"^(?P<stem>.*)(?P<kind>images|labels)(?P<tail>[-.]idx[1-9]-ubyte(\.gz)?)$", re.IGNORECASE | re.DOTALL
+)
 
 
 class Item(NamedTuple):
@@ -109,20 +131,24 @@ class Selection:
 
 
 def check(path: Path) -> None:
-    """Read the whole archive once and raise PipelineError unless it is a sound, safe, unencrypted zip."""
+    """Read the whole archive once and raise PipelineError unless it is a sound, safe, unencrypted zip.
+
+    A guess at how its names are to be read is reported on stderr.
+    """
     if (unpacked := sum(entry.size for entry in _entries(path))) > MAX_UNPACKED:
         raise PipelineError(
             f"{path} would unpack to {unpacked:,} bytes, expected at most {MAX_UNPACKED:,}: a zip bomb? {_TRUST}"
         )
-    for entry in _entries(path):
-        _check_entry(path, entry)
-    with path.open("rb") as file:
+    _check_directory(path)
+    with path.open("rb", buffering=0) as file:
         for entry in _entries(path):
             try:
-                for _ in unpack(file, entry):
-                    pass
+                verify(file, entry)
+            except UnsupportedZip as error:
+                raise PipelineError(f"{path} holds {entry.name!r}, {error}") from None
             except (*_DAMAGE, OSError) as error:
                 raise PipelineError(f"{path} is damaged at {entry.name!r} ({error}); get the archive again") from None
+    _report_guesses(path)
 
 
 def list_items(path: Path, include: str = "*") -> Listing:
@@ -201,6 +227,8 @@ class Reader:
 
         Raises ValueError where the archive does not hold it whole.
         """
+        if item.entry.link:
+            raise ValueError("a symbolic link, not an image")
         try:
             if item.row is None:
                 return read(self._file, item.entry)
@@ -220,7 +248,7 @@ class _Rows:
 
     def __init__(self, file: IO[bytes], entry: Entry) -> None:
         self._stream, self._name, self.next = _unpacked(file, entry), entry.name, 0
-        _, self._rows, self._columns = _idx_header(self._stream, entry.name, 3)
+        _, self._rows, self._columns = _idx_header(self._stream, entry, 3)
 
     def read(self, row: int) -> bytes:
         """Give one image as a PGM."""
@@ -236,21 +264,25 @@ class _Rows:
         return b"P5 %d %d 255\n" % (columns, rows) + pixels
 
 
-def write(path: Path, files: Iterable[tuple[str, Path | bytes]]) -> None:
+def write(path: Path, files: Iterable[tuple[str, Path | bytes | IO[bytes]]]) -> None:
     """Write a zip, uncompressed, whose bytes depend on names and contents only.
 
-    files: (name, file or bytes); a name that ends with '/' is an empty folder.
+    files: (name, content as a file, bytes or a stream); a name that ends with '/' is an empty folder.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in files:
+            if name in archive.NameToInfo and not name.endswith("/"):
+                raise PipelineError(f"the file {name!r} is there twice, expected once; pack it again from its files")
             member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             member.external_attr = 0o644 << 16
             if isinstance(content, bytes):
                 archive.writestr(member, content)
             else:
-                member.file_size = content.stat().st_size
-                with content.open("rb") as source, archive.open(member, "w") as target:
-                    shutil.copyfileobj(source, target, 2**20)
+                with content.open("rb") if isinstance(content, Path) else content as source:
+                    member.file_size = source.seek(0, os.SEEK_END)
+                    source.seek(0)
+                    with archive.open(member, "w") as target:
+                        shutil.copyfileobj(source, target, 2**20)
 
 
 def _entries(path: Path) -> Iterator[Entry]:
@@ -258,18 +290,65 @@ def _entries(path: Path) -> Iterator[Entry]:
         yield from entries(path)
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing; `dvc repro` makes it") from None
+    except UnsupportedZip as error:
+        raise PipelineError(f"{path} cannot be read: {error}") from None
     except _DAMAGE as error:
         with path.open("rb") as file:
             start = file.read(512).lstrip().lower()
-        found = "an HTML page" if start.startswith((b"<!doctype html", b"<html")) else f"no whole zip ({error})"
-        raise PipelineError(f"{path} is {found}, expected a zip archive; get it again") from None
+        other = next((other for magic, other in _OTHER_FILES.items() if start.startswith(magic)), None)
+        found = other or f"no whole zip ({error}), expected a zip archive; get it again"
+        raise PipelineError(f"{path} is {found.replace('{path}', str(path))}") from None
 
 
-def _check_entry(path: Path, entry: Entry) -> None:
+def _check_directory(path: Path) -> None:
+    """Raise PipelineError unless each entry is safe, has a name of its own, and bytes of its own.
+
+    Of a bomb, many share the same bytes (Fifield 2019). Spans are apart if and only if, each sorted by itself, no end
+    lies behind the next start.
+    """
+    length = path.stat().st_size
+    starts, ends, names = array("q"), array("q"), array("q")  # 24 bytes an entry
+    for entry in _entries(path):
+        _check_entry(path, entry, length)
+        starts.append(entry.offset)
+        ends.append(entry.end)
+        if not entry.name.endswith("/"):
+            names.append(hash(entry.name))
+    overlap = next((start for start, end in zip(sorted(starts)[1:], sorted(ends), strict=False) if end > start), None)
+    if overlap is not None:
+        name = next(entry.name for entry in _entries(path) if entry.offset == overlap)
+        raise PipelineError(f"{path} holds {name!r} in bytes that also belong to another file: a zip bomb? {_TRUST}")
+    repeated = {one for one, other in pairwise(sorted(names)) if one == other}
+    seen = Counter(entry.name for entry in _entries(path) if hash(entry.name) in repeated) if repeated else Counter()
+    for name, count in seen.items():
+        if count > 1 and not name.endswith("/"):
+            raise PipelineError(f"{path} holds {name!r} {count} times, expected once; pack it again from its files")
+
+
+def _report_guesses(path: Path) -> None:
+    spelling = read_spelling(path)
+    if spelling.guessed is not None:
+        how = "valid UTF-8 and read as such" if spelling.encoding == "utf-8" else "read as cp437, the default of zips"
+        say(f"{path} does not say how its names are encoded; they are {how}, for example {spelling.guessed!r}")
+    if spelling.backslashes:
+        name = next(entry.name for entry in _entries(path) if "/" in entry.name)
+        say(f"{path} separates folders by backslashes; they are read as slashes, for example {name!r}")
+
+
+def _check_entry(path: Path, entry: Entry, length: int) -> None:
     name = entry.name
     parts = re.split(r"[/\\]", name)
     if ".." in parts or name.startswith(("/", "\\")) or re.match(r"^[A-Za-z]:", name) or "\0" in name:
         raise PipelineError(f"{path} holds the unsafe name {name!r}, expected names that stay inside the archive")
+    if len(name) > MAX_NAME or len(parts) > MAX_DEPTH:
+        raise PipelineError(
+            f"{path} holds {name[:40]!r}…, a name of {len(name):,} characters and {len(parts):,} levels, expected at "
+            f"most {MAX_NAME:,} and {MAX_DEPTH}"
+        )
+    if not 0 <= entry.offset <= entry.end <= length:
+        raise PipelineError(f"{path} is damaged at {name!r} (it lies outside of the file); get the archive again")
+    if name.endswith("/") and entry.size:
+        raise PipelineError(f"{path} is damaged at {name!r} (a folder that holds bytes); get the archive again")
     if entry.flags & 0x1:
         raise PipelineError(f"{path} is encrypted (at {name!r}); unlock it and use download.source: folder")
     if entry.size > RATIO_MATTERS_FROM and entry.size > MAX_RATIO * entry.packed:
@@ -339,9 +418,9 @@ def _pair(path: Path, files: list[Entry]) -> list[Idx]:
             continue
         named = labels[_idx_key(images.name)]
         with path.open("rb") as file:
-            count = _idx_header(_unpacked(file, images), images.name, 3)[0]
+            count = _idx_header(_unpacked(file, images), images, 3)[0]
             stream = _unpacked(file, named)
-            expected = _idx_header(stream, named.name, 1)[0]
+            expected = _idx_header(stream, named, 1)[0]
             classes = _read_labels(stream, named.name, expected)
         if not count == expected == len(classes):
             raise PipelineError(f"{images.name} has {count:,} images and its labels file {len(classes):,} labels")
@@ -378,12 +457,27 @@ def _visible(path: Path) -> Iterator[Entry]:
     return (entry for entry in _entries(path) if not _hidden(entry.name))
 
 
-def _idx_header(stream: IO[bytes], name: str, dimensions: int) -> tuple[int, ...]:
-    """Read the magic number (0, 0, 8 for unsigned bytes, number of dimensions) and the sizes."""
+def _idx_header(stream: IO[bytes], entry: Entry, dimensions: int) -> tuple[int, ...]:
+    """Read the magic number (0, 0, 8 for unsigned bytes, number of dimensions) and the sizes, and test their product.
+
+    A file promises its length here, before anything is allocated for it.
+    """
+    length = 4 * (1 + dimensions)
     try:
-        header = stream.read(4 * (1 + dimensions))
+        header = stream.read(length)
     except (OSError, EOFError, zlib.error) as error:
-        raise PipelineError(f"{name} is no gzip file, though its name says so ({error})") from None
-    if len(header) != 4 * (1 + dimensions) or header[:4] != bytes([0, 0, 8, dimensions]):
-        raise PipelineError(f"{name} is no idx file of {dimensions} dimensions of unsigned bytes")
-    return struct.unpack(f">{dimensions}I", header[4:])
+        raise PipelineError(f"{entry.name} is no gzip file, though its name says so ({error})") from None
+    if len(header) != length or header[:4] != bytes([0, 0, 8, dimensions]):
+        raise PipelineError(
+            f"{entry.name} is no idx file of {dimensions} dimensions of unsigned bytes: it begins with "
+            f"{header[:4].hex(' ')}, expected 00 00 08 0{dimensions}"
+        )
+    sizes = struct.unpack(f">{dimensions}I", header[4:])
+    promised = length + math.prod(sizes)
+    packed = entry.name.lower().endswith(".gz")
+    if promised > max(RATIO_MATTERS_FROM, MAX_RATIO * entry.size) if packed else promised != entry.size:
+        raise PipelineError(
+            f"{entry.name} promises {' x '.join(f'{size:,}' for size in sizes)} bytes in its header and is "
+            f"{entry.size:,} bytes long{' as gzip' if packed else ''}; get the archive again"
+        )
+    return sizes

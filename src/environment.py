@@ -16,7 +16,7 @@ from src.runtime import PipelineError
 
 PACKAGES = (
     "dvc dvclive filelock jinja2 kaggle lightning-fabric matplotlib mlxtend numpy onnx onnxruntime onnxscript pandas "
-    "pillow pydantic requests ruamel-yaml safetensors scikit-learn scipy simplejpeg timm torch tqdm"
+    "pillow pillow-heif pydantic requests ruamel-yaml safetensors scikit-learn scipy simplejpeg timm torch tqdm"
 ).split()
 """What the pipeline itself uses, as in requirements.in."""
 

@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -56,28 +56,53 @@ _FRAMES = {b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"}
 _HARMLESS = {b"\xff" + bytes([kind]) for kind in (0xC4, 0xDB, 0xDD, 0xE0, 0xED, 0xEE, 0xFE)}
 """Segments of a JPEG: its frame (baseline, extended, progressive), and those that libjpeg needs or nobody does."""
 
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Chunks of a PNG with texts and colour profiles, and what the ones begin with that may hold an orientation."""
+
+_FULL_RANGE = 14
+"""Bits: 16-bit images of which none uses more are of another range; at 14, 64 of 256 levels would be left."""
+
 _CHUNK, _CHUNK_BYTES = 128, 2**21
 """What a process works on at once, at most: images, and their pixels."""
 
 
 class Prepared(NamedTuple):
-    """One image of the archive: the hashes of its bytes and of its picture, or the reason why it cannot be used."""
+    """One image of the archive: the hashes of its bytes and of its picture, or the reason why it cannot be used.
+
+    bits: as in Decoded.
+    """
 
     item: Item
     sha256: str = ""
     picture: str = ""
     reason: str = ""
+    bits: int = 0
+
+
+class Decoded(NamedTuple):
+    """An image's pixels, and how many bits its values need where it is stored in 16 bits, or else 0."""
+
+    pixels: Pixels
+    bits: int
 
 
 class SizeError(ValueError):
     """An image of more pixels than are allowed."""
 
 
-Outcome = tuple[str, str, str]
+Outcome = tuple[str, str, str, int]
 """What a process sends back of an image: all that is Prepared but the item, which is there already."""
 
 
 def decode(data: bytes, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode one encoded image to (size, size, channels) uint8, as `examine` does."""
+    return examine(data, size=size, channels=channels, max_pixels=max_pixels).pixels
+
+
+def examine(data: bytes, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode one encoded image to (size, size, channels) uint8; of an animation the first frame.
 
     Raises ValueError with the reason where the bytes are no whole image, and SizeError, which is one, before decoding.
@@ -85,10 +110,10 @@ def decode(data: bytes, *, size: int, channels: int, max_pixels: int = MAX_PIXEL
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; neither changes the pixels
-            image, turn, extent = _open(data, size, max_pixels)
+            image, turn, extent, bits = _open(data, size, max_pixels)
             upright = _convert(image if turn is None else image.transpose(turn), channels)
             extent = extent if upright.size == image.size else extent[::-1]
-            return np.asarray(_square(upright, size, extent)).reshape(size, size, channels)
+            return Decoded(np.asarray(_square(upright, size, extent)).reshape(size, size, channels), bits)
     except UnidentifiedImageError:
         raise ValueError("no image in a known format") from None
     except SizeError:
@@ -139,12 +164,13 @@ def prepare(
     Writes images, .npy, uint8 (N, size, size, channels), and index, .csv with a row for each of the N images: path,
     label, official, sha256, picture. They are whole when all is yielded, and the same bytes for any number of workers.
     A few chunks of images are held at a time, so memory does not grow with the number of images. Raises PipelineError
-    where a class has lost all its images.
+    where a class has lost all its images, or where 16-bit images hold fewer bits.
     """
     row = size * size * channels
     broken: list[int] = []
     sound: set[str] = set()
     failed: dict[str, Prepared] = {}
+    deepest: Prepared | None = None
     with images.open("w+b") as table, index.open("w", newline="", encoding="utf-8") as rows:
         _write_header(table, (len(items), size, size, channels))
         begin = table.tell()
@@ -158,12 +184,20 @@ def prepare(
                 failed.setdefault(image.item.label, image)
             else:
                 sound.add(image.item.label)
+                if image.bits > (deepest.bits if deepest else 0):
+                    deepest = image
                 writer.writerow([image.item.path, image.item.label, image.item.official, image.sha256, image.picture])
             yield image
         _close_gaps(table, begin, row, broken, len(items))
         _write_header(table, (len(items) - len(broken), size, size, channels))
     if lost := sorted(failed.keys() - sound - {""}):
         raise PipelineError(f"no image of class {lost[0]!r} can be read, the first is {_tell(failed[lost[0]])}")
+    if deepest and deepest.bits <= _FULL_RANGE:
+        raise PipelineError(
+            f"no 16-bit image has a value above {2**deepest.bits - 1:,} (the largest is in {deepest.item.path!r}), so "
+            f"they hold {deepest.bits} bits and would become nearly black; multiply their pixels by "
+            f"{2 ** (16 - deepest.bits):,}"
+        )
 
 
 def _in_order(
@@ -227,8 +261,17 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def _open(data: bytes, size: int, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None, Extent]:
-    """Decode an image, and give how it has to be turned, and its extent.
+class _Opened(NamedTuple):
+    """A decoded image of 8 bits, how to turn it, its extent, and the bits of a 16-bit one, as in Decoded."""
+
+    image: Image.Image
+    turn: Image.Transpose | None
+    extent: Extent
+    bits: int = 0
+
+
+def _open(data: bytes, size: int, max_pixels: int) -> _Opened:
+    """Decode an image.
 
     A JPEG is decoded at the smallest scale of 1, 1/2, 1/4 and 1/8 that leaves both sides at least `size` long. A side
     of 225 pixels at half the scale is 113 pixels, of which the last one is half covered: 112.5.
@@ -237,15 +280,93 @@ def _open(data: bytes, size: int, max_pixels: int) -> tuple[Image.Image, Image.T
         raise ValueError("the file is empty")
     with suppress(ValueError, IndexError, struct.error):  # whether an odd file can be used is for Pillow to say
         return _open_jpeg(data, size, max_pixels)
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image = Image.open(io.BytesIO(_without_texts(data)), formats=_formats(data))
     if image.width * image.height > max_pixels:
         raise SizeError(f"{image.width} x {image.height} pixels, more than {max_pixels:,}")
     drafted = image.draft(None, (size, size)) if image.format == "JPEG" else None
-    image.load()
-    return image, _turn(image.getexif), drafted[1][2:] if drafted else image.size
+    stored = str(getattr(image, "tile", ""))  # how, which Pillow forgets on loading
+    try:
+        image.load()
+    except OSError:
+        if image.format in ("JPEG", "MPO") and not data.endswith(_END) and _lacks_only_its_end(data):
+            return _open(data + _END, size, max_pixels)
+        raise
+    shallow, bits = _eight_bits(image, stored)
+    return _Opened(shallow, _turn(image.getexif), drafted[1][2:] if drafted else image.size, bits)
 
 
-def _open_jpeg(data: bytes, size: int, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None, Extent]:
+def _formats(data: bytes) -> list[str]:
+    """Name the formats to try. HEIC takes a library of its own, which is loaded at the first such file."""
+    if data[4:8] != b"ftyp":
+        return _FORMATS
+    _check_boxes(data)
+    _register_heif()
+    return [*_FORMATS, "HEIF"]
+
+
+@cache
+def _register_heif() -> None:
+    from pillow_heif import register_heif_opener
+
+    # One thread, since a process a core decodes already. libheif turns the image itself, and resets EXIF's orientation.
+    register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+
+
+def _check_boxes(data: bytes) -> None:
+    """Raise ValueError where a HEIC is cut off: libheif leaves the missing tiles black (boxes: ISO 14496-12, 4.2)."""
+    place = 0
+    while place + 16 <= len(data):
+        length, kind, long_length = struct.unpack_from(">L4sQ", data, place)
+        length = long_length if length == 1 else length
+        if length < 8:  # 0 is the rest of the file
+            break
+        place += length
+        if kind == b"mdat" and place > len(data):
+            raise ValueError("image file is truncated")
+
+
+def _without_texts(data: bytes) -> bytes:
+    """Leave out a PNG's texts and colour profiles: they change no pixel, and Pillow rejects large ones."""
+    if not data.startswith(b"\x89PNG") or not any(kind in data for kind in _TEXTS):
+        return data
+    kept, place = [data[:8]], 8
+    while place < len(data):
+        length, kind = struct.unpack_from(">L4s", data.ljust(place + 8), place)
+        if kind not in _TEXTS or data.startswith(_ORIENTATIONS, place + 8):
+            kept.append(data[place : place + 12 + length])
+        place += 12 + length
+    return b"".join(kept)
+
+
+def _lacks_only_its_end(data: bytes) -> bool:
+    """Whether a JPEG without its end marker has all its pixels: each scan, which libjpeg decodes without a warning."""
+    with suppress(ValueError, IndexError, struct.error):
+        colours = simplejpeg.decode_jpeg_header(data + _END)[2]
+        simplejpeg.decode_jpeg(data + _END, "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
+        return _has_all_scans(data)
+    return False
+
+
+def _has_all_scans(data: bytes) -> bool:
+    """Whether a JPEG has each coefficient of each component in full; a progressive one may end between two scans.
+
+    A scan names its components, the first and last coefficient of the 64, and how many bits are left to later scans
+    (ITU-T T.81, B.2.3 and G.1.1.1).
+    """
+    place, components, whole = 2, 0, set[tuple[int, int]]()
+    while (marker := data[place : place + 2]) != _SCAN:
+        components = data[place + 9] if marker in _FRAMES else components
+        place += 2 + int(struct.unpack_from(">H", data, place + 2)[0])
+    while place >= 0:
+        begin = place + 5 + 2 * data[place + 4]
+        first, last, bits_left = data[begin : begin + 3]
+        if bits_left & 0xF == 0:
+            whole.update(product(data[place + 5 : begin : 2], range(first, last + 1)))
+        place = data.find(_SCAN, place + 2)
+    return len(whole) == 64 * components
+
+
+def _open_jpeg(data: bytes, size: int, max_pixels: int) -> _Opened:
     """Do the same for a sound JPEG in colour without Pillow: the same pixels, in four fifths of the time.
 
     Both decode by libjpeg-turbo; Pillow reads headers and unpacks pixels more slowly. Raises ValueError, IndexError or
@@ -260,7 +381,7 @@ def _open_jpeg(data: bytes, size: int, max_pixels: int) -> tuple[Image.Image, Im
     if pixels.shape != (high, wide, 3):
         raise ValueError("another scale")
     image = Image.frombuffer("RGB", (wide, high), pixels, "raw", "RGB", 0, 1)
-    return image, _turn(partial(_read_exif, exif)) if exif else None, (width / scale, height / scale)
+    return _Opened(image, _turn(partial(_read_exif, exif)) if exif else None, (width / scale, height / scale))
 
 
 def _scan_jpeg(data: bytes) -> tuple[int, int, bytes]:
@@ -272,7 +393,7 @@ def _scan_jpeg(data: bytes) -> tuple[int, int, bytes]:
     if not data.startswith(b"\xff\xd8"):
         raise ValueError("no JPEG")
     place, width, height, exif = 2, 0, 0, b""
-    while (marker := data[place : place + 2]) != b"\xff\xda":
+    while (marker := data[place : place + 2]) != _SCAN:
         (length,) = struct.unpack_from(">H", data, place + 2)
         if marker in _FRAMES:
             bits, height, width, colours = struct.unpack_from(">BHHB", data, place + 4)
@@ -300,26 +421,39 @@ def _turn(read: Callable[[], Image.Exif]) -> Image.Transpose | None:
         return None
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """Convert any mode to L or RGB."""
-    if image.mode.startswith("I"):
-        image = _sixteen_bits(image)
-    elif image.mode == "F":
+def _eight_bits(image: Image.Image, stored: str) -> tuple[Image.Image, int]:
+    """Reduce an image to 8 bits where it has more, and count the bits that its values need of 16.
+
+    stored: how Pillow finds its pixels in the file. Of 16 bits, Pillow keeps the upper 8 in colour, and in gray clips
+    at 255 and forgets that a TIFF counts from white. PGM and JPEG 2000 come scaled to 16 bits, a TIFF of 12 does not.
+    """
+    if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown")
-    elif image.has_transparency_data:
+    if image.mode == "I" and image.format != "PPM":
+        raise ValueError("signed or 32-bit pixels, whose range is unknown")
+    if not image.mode.startswith("I"):
+        if ";16" not in stored and ", 65535)" not in stored:
+            return image, 0
+        brightest = int(np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max())
+        return image, brightest.bit_length() + 8 if brightest else 0
+    pixels = np.asarray(image).astype(np.int64)
+    most = 0xFFF if "I;12" in stored else 0xFFFF
+    gray = ((pixels * 255 + most // 2) // most).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:
+        gray = 255 - gray
+    if (clear := image.info.get("transparency")) is not None:
+        gray[pixels == clear] = 255
+    return Image.fromarray(gray), int(pixels.max()).bit_length() if most == 0xFFFF else 0
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """Convert any mode of 8 bits to L or RGB."""
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
-
-
-def _sixteen_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits to 8; Pillow's own conversion clips them at 255 instead."""
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError("32-bit pixels, whose range is unknown")
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
 def _square(image: Image.Image, size: int, extent: Extent) -> Image.Image:
@@ -411,19 +545,22 @@ def _prepare_chunk(
     table.write(pixels.data)
     table.flush()
     hashes = picture_hashes(pixels)
-    return [("", "", why) if why else (digest, hashes[number], "") for number, (digest, why) in enumerate(found)]
+    return [
+        ("", "", why, 0) if why else (digest, hashes[number], "", bits)
+        for number, (digest, why, bits) in enumerate(found)
+    ]
 
 
-def _prepare_item(reader: Reader, item: Item, pixels: Pixels) -> tuple[str, str]:
-    """Decode one image, and give the hash of its bytes, or the reason why it cannot be used."""
+def _prepare_item(reader: Reader, item: Item, pixels: Pixels) -> tuple[str, str, int]:
+    """Decode one image, and give the hash of its bytes, or the reason why it cannot be used, and its bits."""
     try:
         if not item.label:
             raise ValueError("lies in no class folder")
         data = reader.read(item)
-        pixels[...] = decode(data, size=len(pixels), channels=pixels.shape[2])
+        pixels[...], bits = examine(data, size=len(pixels), channels=pixels.shape[2])
     except ValueError as error:
-        return "", str(error)
-    return hashlib.sha256(data).hexdigest(), ""
+        return "", str(error), 0
+    return hashlib.sha256(data).hexdigest(), "", bits
 
 
 def cores() -> int:

@@ -11,24 +11,31 @@ import re
 import shutil
 import struct
 import sys
+import tarfile
 import time
 import zipfile
+import zlib
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from lzma import LZMAError
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from src import archive, paths
-from src.params import Download, parse
+from src import archive, paths, yaml12
+from src.params import Download
 from src.runtime import RESUME, PipelineError, alone, home, mirror, say, whole
 
 TIMEOUT = (20, 60)  # seconds: to connect, and between two bytes
 BUSY = frozenset([429, 500, 502, 503, 504])
 PATIENCE = 30  # seconds: a longer Retry-After is the user's to wait for
 
-_WANTED = "expected a folder of class folders (such as cat/1.jpg, dog/1.jpg), a folder with one zip, or a zip"
-_IDX = re.compile(r"idx[13]-ubyte(\.gz)?$", re.IGNORECASE)
+_WANTED = (
+    "expected a folder of class folders (such as cat/1.jpg, dog/1.jpg), a folder with one zip or tar, or a zip or tar"
+)
+_ARCHIVES = tuple(".zip .tar .tgz .tbz2 .txz .tar.gz .tar.bz2 .tar.xz .tar.zst .7z .rar".split())
+_IDX = re.compile(r"idx[1-9]-ubyte(\.gz)?$", re.IGNORECASE)
 
 
 def fetch(params: Download, target: Path) -> dict[str, object]:
@@ -228,6 +235,7 @@ def _verified(params: Download, part: Path, headers: Any) -> str:
             )
         try:
             archive.check(part)
+            _check_images(part, part)
         except PipelineError as error:
             raise PipelineError(f"{_name(params)} cannot be used: {error}") from None
     except PipelineError:
@@ -286,36 +294,37 @@ def _reason(error: BaseException) -> str:
 
 
 def _folder(params: Download, target: Path) -> dict[str, object]:
-    """The user's own images: a zip as it is, or class folders as one that depends on names and contents only."""
+    """The user's own images: a zip as it is; a tar, or class folders, as one of the same names and contents."""
     place = _place(params.path)
     if place.is_dir() and _is_recorded(params) and {entry.name for entry in _visible(place)} <= {"README.md"}:
         _restore(place)
     before = _signature(place)
     files = sorted(_walk(place, "", ())) if place.is_dir() else []
-    zips = [path for name, path in files if path and "/" not in name and name.lower().endswith(".zip")]
-    zips = zips if place.is_dir() else [place]
+    packed = [path for name, path in files if path and "/" not in name and name.lower().endswith(_ARCHIVES)]
+    packed = packed if place.is_dir() else [place]
     inner = [(name, path) for name, path in files if "/" in name or _IDX.search(name)]
     stray = [name for name, _ in files if "/" not in name and Path(name).suffix.lower() in archive.IMAGE_SUFFIXES]
     if stray:
         raise PipelineError(f"{place / stray[0]} lies in no class folder; {_WANTED}")
-    if len(zips) > 1 or (zips and any(path for _, path in inner)):
-        beside = f"{len(zips)} zips" if len(zips) > 1 else f"both {zips[0].name} and folders"
+    if len(packed) > 1 or (packed and any(path for _, path in inner)):
+        beside = f"{len(packed)} archives" if len(packed) > 1 else f"both {packed[0].name} and folders"
         raise PipelineError(f"{place} holds {beside}; {_WANTED}")
-    if zips:
-        archive.check(zips[0])
-        shutil.copyfile(zips[0], target)
+    if packed and _is_tar(packed[0]):
+        _repack(packed[0], target)
+    elif packed:
+        archive.check(packed[0])
+        shutil.copyfile(packed[0], target)
     else:
         from tqdm import tqdm
 
         # disable=None: no bar where stderr is no terminal.
         archive.write(target, ((name, path or b"") for name, path in tqdm(inner, "pack", unit="file", disable=None)))
-    if not any(archive.list_items(target)):
-        raise PipelineError(f"{zips[0] if zips else place} holds no images; {_WANTED}")
+    _check_images(target, packed[0] if packed else place)
     if _signature(place) != before:  # DVC would take the hash of what lies there now (see src/provenance.py)
         raise PipelineError(f"{place} changed during the run; nothing was recorded; run the same command again")
     return {
         "source": "folder",
-        "dataset": zips[0].name if zips else None,
+        "dataset": packed[0].name if packed else None,
         "version": None,
         "licence": None,
         "url": None,
@@ -326,7 +335,7 @@ def _folder(params: Download, target: Path) -> dict[str, object]:
 def _is_recorded(params: Download) -> bool:
     """Whether dvc.lock holds an archive of the same folder."""
     try:
-        stage = parse(Path("dvc.lock").read_text(encoding="utf-8"))["stages"]["download"]
+        stage = yaml12.read(Path("dvc.lock"))["stages"]["download"]
         recorded = stage["params"][str(paths.PARAMS)]["download"]
     except (FileNotFoundError, KeyError):
         return False
@@ -354,7 +363,7 @@ def _restore(place: Path) -> None:
                     f"nor in a remote ({error}); `dvc pull` it, or put the images there"
                 ) from None
             archive.check(packed)
-            if origin["dataset"]:
+            if origin["dataset"]:  # the name of an archive; what was a tar comes back as a zip
                 packed.rename(part / origin["dataset"])
             else:
                 with zipfile.ZipFile(packed) as images:
@@ -368,6 +377,73 @@ def _restore(place: Path) -> None:
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+
+
+def _check_images(raw: Path, place: Path) -> None:
+    listing = archive.list_items(raw)
+    if any(listing):
+        return
+    if inner := next((name for name in listing.others if name.lower().endswith(_ARCHIVES)), None):
+        raise PipelineError(
+            f"{place} holds no images but another archive, {inner!r}; take it out and use download.source: folder with "
+            "download.path set to it"
+        )
+    raise PipelineError(f"{place} holds no images; {_WANTED}")
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, zlib.error, LZMAError):  # compressed, and damaged at its beginning
+        return True
+
+
+def _repack(tar: Path, target: Path) -> None:
+    """Write the files of a tar, compressed or not, as a sound zip."""
+    again = f"{tar} is damaged ({{}}); get it again"
+    try:
+        archive.write(target, _tar_files(tar))
+        archive.check(target)
+    except PipelineError as error:
+        raise PipelineError(f"{tar} cannot be used: {error}") from None
+    except (tarfile.TarError, EOFError, zlib.error, LZMAError) as error:
+        raise PipelineError(again.format(error)) from None
+    except OSError as error:
+        if error.errno is not None:  # gzip and bz2 raise it for damaged bytes, without a number
+            raise
+        raise PipelineError(again.format(error)) from None
+
+
+def _tar_files(path: Path) -> Iterator[tuple[str, IO[bytes] | bytes]]:
+    """Yield the name and content of each file of a tar in its order, one at a time."""
+    size, most = 0, max(archive.RATIO_MATTERS_FROM, archive.MAX_RATIO * path.stat().st_size)
+    with tarfile.open(path, encoding="utf-8") as tar:
+        while member := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # it would hold them all
+            name = member.name.removeprefix("./")
+            size += member.size
+            if size > most:
+                raise PipelineError(f"it would unpack to more than {archive.MAX_RATIO} times its length: a bomb?")
+            _check_name(name)
+            if member.isdir():
+                if name != ".":
+                    yield f"{name}/", b""
+            elif member.isreg() and not member.issparse() and (content := tar.extractfile(member)):
+                yield name, content
+            else:
+                raise PipelineError(
+                    f"{name!r} is a link, a device or sparse, expected files and folders; pack it again with `tar "
+                    "--dereference --hard-dereference`"
+                )
+        _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """A tar ends with zeros; to tarfile, one that is cut between two files, or has a damaged header, has ended too."""
+    assert tar.fileobj is not None
+    is_end = tar.fileobj.tell() == tar.offset + tarfile.BLOCKSIZE
+    if not is_end or any(piece.strip(b"\0") for piece in iter(partial(tar.fileobj.read, 2**20), b"")):
+        raise tarfile.ReadError("it does not end as a tar does")
 
 
 def _signature(place: Path) -> dict[str, tuple[int, int]]:
@@ -408,6 +484,14 @@ def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[st
             found = os.fsencode(entry.path)
             raise PipelineError(f"the name {found!r} is not valid UTF-8; rename it (convmv does it in bulk)") from None
         inner = f"{name}/{own}" if name else own
+    if len(above) >= archive.MAX_DEPTH:
+        raise PipelineError(f"{folder} lies more than {archive.MAX_DEPTH} folders deep; {_WANTED}")
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    if name and not entries:
+        yield f"{name}/", None
+    for entry in entries:
+        inner = f"{name}/{entry.name}" if name else entry.name
+        _check_name(entry.path)
         if entry.is_dir():
             if entry.is_symlink():
                 # Measured: DVC's hash of a folder leaves out what lies behind a link to a folder.
@@ -418,3 +502,11 @@ def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[st
             yield inner, Path(entry.path)
         else:
             raise PipelineError(f"{entry.path} is neither a file nor a folder (a broken link?); remove it")
+
+
+def _check_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        found = os.fsencode(path)
+        raise PipelineError(f"the name {found!r} is not valid UTF-8; rename it (convmv does it in bulk)") from None

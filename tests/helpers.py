@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from pillow_heif import from_pillow
 
 from src import archive, yaml12
 from src.params import Augment
@@ -99,7 +100,10 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    if kind == "HEIF":  # without making Pillow read it, too
+        from_pillow(image).save(file, **options)
+    else:
+        image.save(file, kind, **options)
     return file.getvalue()
 
 

@@ -101,7 +101,7 @@ def test_a_carriage_return_is_shown_but_still_read(tmp_path: Path) -> None:
         assert reader.read(found[0]) == b"pixels"
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_images_of_any_length_are_read_behind_headers_of_any_length(tmp_path: Path, method: int) -> None:
     lengths, random = {"a": 0, "b" * 400: 10, "c": 2**20, "d": 2**20 + 1, "e": 3}, np.random.default_rng(0)
     files = {f"cat/{name}.jpg": random.bytes(length) for name, length in lengths.items()}
@@ -221,7 +221,7 @@ def test_idx_files_that_do_not_fit_together_are_told(tmp_path: Path) -> None:
     ("damage", "said"),
     [
         (lambda _: b"hello", "labels-idx1-ubyte.gz is no gzip file, though its name says so"),
-        (lambda _: gzip.compress(b"hello"), "labels-idx1-ubyte.gz is no idx file of 1 dimensions"),
+        (lambda _: gzip.compress(b"hello"), "labels-idx1-ubyte.gz is no idx file of 1 dimensions of unsigned bytes"),
         (lambda data: gzip.compress(gzip.decompress(data)[:20]), "has 5,000 images and its labels file 12 labels"),
         (lambda data: data[:-100], "labels-idx1-ubyte.gz is damaged"),
         (lambda data: data[:-6] + b"\0" * 6, "labels-idx1-ubyte.gz is damaged"),
@@ -247,6 +247,30 @@ def test_half_an_idx_file_is_a_reason_and_not_a_crash(tmp_path: Path, damage: Ca
         for _ in range(2):
             with pytest.raises(ValueError, match="damaged in the archive: "):
                 reader.read(items[399])
+
+
+LIES = [
+    ((0x803, 2**32 - 1, 2, 2), "promises 4,294,967,295 x 2 x 2 bytes in its header and is "),
+    ((0x803, 4, 2**32 - 1, 2**32 - 1), "promises 4 x 4,294,967,295 x 4,294,967,295 bytes"),
+    ((0xD03, 4, 2, 2), "is no idx file of 3 dimensions of unsigned bytes: it begins with 00 00 0d 03"),
+    ((0x804, 4, 2, 2, 3), "begins with 00 00 08 04, expected 00 00 08 03"),
+]
+
+
+@pytest.mark.parametrize(
+    ("header", "packed", "said"),
+    [
+        *((header, packed, said) for header, said in LIES for packed in (False, True)),
+        ((0x803, 4, 2, 1), False, "promises 4 x 2 x 1 bytes in its header and is 32 bytes long"),
+    ],
+)
+def test_an_idx_header_is_compared_with_the_file_before_memory_is_taken(
+    tmp_path: Path, header: tuple[int, ...], packed: bool, said: str
+) -> None:
+    images, labels = struct.pack(f">{len(header)}I", *header) + bytes(16), idx(np.arange(4, dtype=np.uint8) % 2)
+    files = {"images-idx3-ubyte": images, "labels-idx1-ubyte": labels}
+    files = {f"{name}.gz": gzip.compress(data) for name, data in files.items()} if packed else files
+    assert said in complaint(lambda: archive.list_items(zip_of(tmp_path / "raw.zip", files.items())))
 
 
 # --- write

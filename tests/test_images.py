@@ -1,6 +1,7 @@
 """How an image becomes pixels, whatever its format or damage, and how the stage prepare does it to all of them."""
 
 import csv
+import io
 import os
 import random
 import shutil
@@ -12,17 +13,21 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from pillow_heif import from_bytes
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from src import archive, images
+from src.runtime import PipelineError
 from tests.helpers import (
     SMALL,
     assert_fails,
@@ -123,16 +128,22 @@ UPRIGHT = {
 """What each value of EXIF's Orientation asks for (CIPA DC-008, 4.6.4)."""
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+BEST: dict[str, dict[str, Any]] = {
+    **{"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}},
+    **{"AVIF": {"quality": 100, "subsampling": "4:4:4"}, "HEIF": {"quality": 100, "chroma": 444}},
+}
+"""How a format keeps an image best."""
+
+
+@pytest.mark.parametrize("kind", BEST)
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_each_orientation_is_turned_upright(orientation: int, kind: str) -> None:
     stored = photos()[0].resize((60, 40))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     upright = Image.fromarray(np.ascontiguousarray(UPRIGHT[orientation](np.asarray(stored))))
-    found = decode(encode(stored, kind, exif=exif, **options))
-    assert distance(found, decode(encode(upright))) <= (8 if kind == "JPEG" else 0)
+    found = decode(encode(stored, kind, exif=exif.tobytes(), **BEST[kind]))
+    assert distance(found, decode(encode(upright))) <= (8 if kind in ("JPEG", "AVIF", "HEIF") else 0)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +196,7 @@ def test_alpha_is_laid_over_white() -> None:
     assert distance(decode(encode(plain((100, 0, 200, 128), "RGBA"))), np.array([177, 127, 227], np.uint8)) <= 1
     assert (decode(encode(plain((0, 0), "LA")), channels=1) == 255).all()
     assert (decode(encode(plain((9, 255), "LA"))) == 9).all()
+    assert (decode(encode(plain((255, 0, 0, 0), "RGBA"), "HEIF", quality=100)) == 255).all()
 
 
 def test_the_transparent_colour_of_a_palette_becomes_white() -> None:
@@ -220,9 +232,100 @@ def test_one_bit_is_black_and_white() -> None:
     assert set(np.unique(decode(encode(checks), 16))) == {0, 255}
 
 
-@pytest.mark.parametrize("mode", ["F", "I"])
-def test_pixels_of_unknown_range_are_a_reason(mode: str) -> None:
-    assert "range is unknown" in reason(encode(plain(70000, mode), "TIFF"))
+@pytest.mark.parametrize(("mode", "gray"), [("F", 70000), ("I", 70000), ("I", 4095), ("I", -1)])
+def test_pixels_of_unknown_range_are_a_reason(mode: str, gray: int) -> None:
+    assert "range is unknown" in reason(encode(plain(gray, mode), "TIFF"))
+
+
+def deep(gray: int, mode: str = "L", *, alpha: int = 0xFFFF) -> bytes:
+    """A PNG of 16 bits, which Pillow writes in gray only."""
+    kind, values = {
+        "L": (0, [gray]),
+        "LA": (4, [gray, alpha]),
+        "RGB": (2, [gray] * 3),
+        "RGBA": (6, [gray] * 3 + [alpha]),
+    }[mode]
+    row = b"\0" + struct.pack(f">{len(values)}H", *values) * 16
+    return png((b"IHDR", struct.pack(">II5B", 16, 16, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(row * 16)))
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in (*chunks, (b"IEND", b""))
+    )
+
+
+def tiff(bits: int, photometric: int, pixels: bytes) -> bytes:
+    """A TIFF of 16 x 16 pixels in one strip, which counts from black (photometric 1) or from white (0)."""
+    tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 16, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHL", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "gray", "bits"),
+    [
+        (deep(4095), 16, 12),
+        (deep(255), 1, 8),
+        (deep(0x3FFF, "RGB"), 63, 14),
+        (deep(0x4000, "RGB"), 64, 15),
+        (deep(4095, "RGBA"), 15, 12),
+        (deep(4095, "LA"), 15, 12),
+        (deep(0), 0, 0),
+        (deep(0, "RGB"), 0, 0),
+        (b"P5 16 16 65535\n" + b"\x0f\xff" * 256, 16, 12),
+        (b"P6 16 16 65535\n" + b"\x0f\xff" * 768, 16, 13),
+        (b"P5 16 16 4095\n" + b"\x08\x00" * 256, 128, 16),
+        (b"P6 16 16 4095\n" + b"\x08\x00" * 768, 128, 0),
+        (b"P2 16 16 1023\n" + b"512 " * 256, 128, 16),
+        (tiff(12, 1, b"\x80\x08\x00" * 128), 128, 0),
+        (tiff(16, 1, b"\x00\x0a" * 256), 10, 12),
+        (tiff(16, 0, b"\x00\x0a" * 256), 245, 12),
+        (tiff(8, 0, b"\x0a" * 256), 245, 0),
+        (encode(Image.fromarray(np.full((16, 16), 0x8000, np.uint16)), "JPEG2000"), 128, 16),
+        (encode(plain(77, "L")), 77, 0),
+    ],
+)
+def test_the_range_of_more_than_8_bits_is_that_of_the_file_and_how_much_of_it_is_used_is_counted(
+    data: bytes, gray: int, bits: int
+) -> None:
+    found = images.examine(data, size=16, channels=1)
+    assert (found.pixels == gray).all()
+    assert found.bits == bits
+
+
+def test_the_transparent_gray_of_16_bits_becomes_white() -> None:
+    header, rest = deep(1000)[:33], deep(1000)[33:]
+    for gray, expected in ((1000, 255), (1001, 4)):
+        clear = png((b"tRNS", struct.pack(">H", gray)))[8:-12]
+        assert (decode(header + clear + rest) == expected).all()
+
+
+class Here(Executor):
+    """Runs what it is given at once, in this process."""
+
+    def submit(self, work: Callable[..., Any], /, *words: Any, **options: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*words, **options))
+        return done
+
+
+def prepare_here(folder: Path, *files: tuple[str, bytes]) -> list[images.Prepared]:
+    items = archive.select(archive.list_items(zip_of(folder / "raw.zip", files)), classes={})
+    table, index = folder / "images.npy", folder / "index.csv"
+    return list(images.prepare(Here(), folder / "raw.zip", items, table, index, size=16, channels=1))
+
+
+def test_a_data_set_of_12_bits_in_16_stops_and_a_dark_image_among_others_does_not(tmp_path: Path) -> None:
+    dark = [("a/1.png", deep(900)), ("a/2.png", deep(0)), ("b/1.png", deep(4080)), ("b/2.png", encode(plain(9, "L")))]
+    with pytest.raises(PipelineError) as caught:
+        prepare_here(tmp_path / "dark", *dark)
+    assert str(caught.value) == (
+        "no 16-bit image has a value above 4,095 (the largest is in 'b/1.png'), so they hold 12 bits and would become "
+        "nearly black; multiply their pixels by 16"
+    )
+    assert len(prepare_here(tmp_path / "bright", *dark, ("b/3.png", deep(50_000)))) == 5
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -233,7 +336,10 @@ def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
     assert (decode(data) == [255, 0, 0]).all()
 
 
-@pytest.mark.parametrize("kind", ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"])
+FORMATS = "AVIF BMP DIB GIF HEIF JPEG JPEG2000 PNG PPM TGA TIFF WEBP".split()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_each_format_of_photographs_is_read(kind: str) -> None:
     photo = photos()[0].resize((60, 40))
     error = decode(encode(photo, kind)).astype(int) - decode(encode(photo))
@@ -243,7 +349,7 @@ def test_each_format_of_photographs_is_read(kind: str) -> None:
 # --- damage
 
 
-PHOTO = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
+PHOTO = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "HEIF")
 
 
 def test_an_empty_file_and_a_text_are_told() -> None:
@@ -266,10 +372,7 @@ def test_half_an_image_is_told(kind: str, share: float) -> None:
 def test_a_giant_is_told_before_it_is_unpacked(side: int) -> None:
     """A PNG of 400 million white pixels is 60 kB; RGB, it would be 1.2 GB."""
     header = struct.pack(">II5B", side, side, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1_000_000))), (b"IEND", b"")]
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    )
+    data = png((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1_000_000))))
     memory = psutil.Process().memory_info().vms
     start = time.perf_counter()
     assert f"{side * side}" in (told := reason(data)) or f"{side} x {side} pixels" in told
@@ -341,6 +444,7 @@ def test_a_jpeg_that_is_read_without_pillow_has_the_pixels_and_the_damage_that_p
     whole = [encode(photo, "JPEG", **options) for photo in resized for options in (*SOONER, *BY_PILLOW)]
     assert [outcome(data, sooner) for data in whole] == [outcome(data, refuse) for data in whole]
     assert len(read) == len(resized) * len(SOONER)
+    assert [outcome(data[:-2], sooner) for data in whole] == [outcome(data[:-2], refuse) for data in whole]
     read.clear()
     for data in whole:
         damaged = bytearray(data)
@@ -349,6 +453,89 @@ def test_a_jpeg_that_is_read_without_pillow_has_the_pixels_and_the_damage_that_p
         cut = bytes(damaged[: dice.choice([len(data), dice.randrange(len(data))])])
         assert outcome(cut, sooner) == outcome(cut, refuse)
     assert 0 < len(read) < len(whole)  # some of the damaged ones were refused
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"icc_profile": b"colours"}]
+)
+def test_a_jpeg_that_lacks_only_its_end_marker_is_whole_and_one_that_lacks_more_is_not(
+    kind: str, options: dict[str, Any]
+) -> None:
+    data = encode(photos()[0].resize((120, 80)).convert(kind), "JPEG", **options)
+    whole = decode(data, 64)
+    assert (decode(data[:-2], 64) == decode(data[:-1], 64)).all()
+    assert (decode(data[:-2], 64) == whole).all()
+    scans = [place for place in range(600, len(data)) if data.startswith((b"\xff\xda", b"\xff\xc4"), place)]
+    for end in (*range(len(data) - 40, len(data) - 2), *scans[1:], *range(700, len(data) - 40, len(data) // 20)):
+        try:
+            found = decode(data[:end], 64)
+        except ValueError:
+            continue
+        assert end > len(data) - 40  # the last bytes may be padding
+        assert (found == whole).all()
+
+
+def text(keyword: bytes, body: bytes, kind: bytes = b"zTXt") -> tuple[bytes, bytes]:
+    return kind, keyword + b"\0\0" + zlib.compress(body)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [text(b"Comment", bytes(3_000_000))],
+        [text(b"icc", bytes(3_000_000), b"iCCP")],
+        [(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(3_000_000)))],
+        [(b"tEXt", b"Comment\0" + b"x" * 900_000)] * 80,
+        [(b"zTXt", b"Comment\0\0damaged")],
+    ],
+    ids=["zTXt", "iCCP", "iTXt", "tEXt", "damaged"],
+)
+def test_texts_and_colour_profiles_of_any_length_leave_the_pixels_of_a_png(chunks: list[tuple[bytes, bytes]]) -> None:
+    """Pillow rejects those above 1 MB each, or 64 MB in all."""
+    data = encode(photos()[0].resize((60, 40)))
+    end = data.rindex(b"IDAT") - 4
+    assert (decode(data[:33] + png(*chunks)[8:-12] + data[33:]) == decode(data)).all()
+    assert (decode(data[:end] + png(*chunks)[8:-12] + data[end:]) == decode(data)).all()
+
+
+def test_the_orientation_in_a_text_of_a_png_is_kept() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(photos()[0].resize((60, 40)))
+    chunk = png((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))[8:-12]
+    assert (decode(data[:33] + chunk + data[33:]) == np.rot90(decode(data), -1)).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_half_a_picture_in_tiles_is_told(share: float) -> None:
+    """As telephones write them; libheif leaves the missing tiles black."""
+    data = encode(photos()[0].resize((300, 200)), "HEIF", tile_size=64)
+    assert reason(data[: int(share * len(data))])
+    assert distance(decode(data), decode(encode(photos()[0].resize((300, 200))))) < 40
+
+
+def test_ten_bits_of_a_heic_become_eight() -> None:
+    data = io.BytesIO()
+    from_bytes("RGB;16", (64, 64), np.full((64, 64, 3), 0x8000, "<u2").tobytes()).save(data, quality=-1, chroma=444)
+    found = images.examine(data.getvalue(), size=16, channels=3)
+    assert distance(found.pixels, np.full((16, 16, 3), 128, np.uint8)) <= 1
+    assert found.bits == 0
+
+
+def test_the_library_of_heic_is_loaded_at_the_first_such_file() -> None:
+    code = "import sys; from src import images; assert 'pillow_heif' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_a_picture_of_extreme_shape_is_a_picture() -> None:
+    for shape in ((1, 50_000), (50_000, 1)):
+        assert (decode(encode(Image.new("RGB", shape, (9, 8, 7)))) == [9, 8, 7]).all()
+
+
+def test_the_content_and_not_the_name_is_decoded_and_a_drawing_is_no_photograph() -> None:
+    assert reason(b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "no image in a known format"
+    assert reason(b"P5 0 5 255\n") == "no image in a known format"
+    assert reason(png((b"IHDR", struct.pack(">II5B", 0, 5, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b""))))
 
 
 def test_pillow_does_not_warn_a_user_of_odd_metadata() -> None:
@@ -409,7 +596,7 @@ BROKEN = {
     "cat/broken.jpg": "image file is truncated",
     "cat/empty.png": "the file is empty",
     "dog/page.jpg": "no image in a known format",
-    "dog/gray, 32 bits.tif": "32-bit pixels, whose range is unknown",
+    "dog/gray, 32 bits.tif": "signed or 32-bit pixels, whose range is unknown",
     "cover.png": "lies in no class folder",
 }
 

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections import Counter
@@ -18,7 +19,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src import archive, yaml12
+from src import archive, sources, yaml12
+from src.params import Download
+from src.runtime import PipelineError
 from tests.kaggle_server import KaggleServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -385,6 +388,97 @@ def test_an_unsafe_or_useless_zip_is_one_sentence(home: Path, make: Callable[[Pa
     assert "data/inbox/photos.zip" in sentence
 
 
+# --- folder: tars
+
+
+CAT, DOG = ("./cat/1.png", bytes(range(256)) * 4), ("./dog/1.png", bytes(range(255)) * 8)
+Member = tuple[str, bytes] | tarfile.TarInfo
+
+
+def tar_of(path: Path, *members: Member, mode: str = "w") -> Path:
+    with tarfile.open(path, mode, format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:  # type: ignore[call-overload]
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def tar_info(name: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "1.png"
+    return info
+
+
+def fetch(path: Path, target: Path) -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())["download"]
+    sources.fetch(Download(**params | {"source": "folder", "path": str(path)}), target)
+
+
+@pytest.mark.parametrize("packing", ["", ":gz", ":bz2", ":xz"])
+def test_a_tar_becomes_a_zip_of_the_same_files(tmp_path: Path, packing: str) -> None:
+    tar = tar_of(tmp_path / "a.tar", tar_info("./fox", tarfile.DIRTYPE), CAT, DOG, mode=f"w{packing}")
+    for target in ("1.zip", "2.zip"):
+        fetch(tar, tmp_path / target)
+    with zipfile.ZipFile(tmp_path / "1.zip") as made:
+        found = {name: made.read(name) for name in made.namelist()}
+    assert found == {"fox/": b"", "cat/1.png": CAT[1], "dog/1.png": DOG[1]}
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (tar_info("cat/2.png", tarfile.SYMTYPE), "'cat/2.png' is a link, a device or sparse"),
+        (tar_info("cat/2.png", tarfile.LNKTYPE), "'cat/2.png' is a link, a device or sparse"),
+        (tar_info("cat/2.png", tarfile.CHRTYPE), "'cat/2.png' is a link, a device or sparse"),
+        (("../1.png", b"x"), "unsafe name '../1.png'"),
+        (("/1.png", b"x"), "unsafe name '/1.png'"),
+        (CAT, "'cat/1.png' is there twice"),
+        (("cat/bomb.bmp", bytes(2**23)), "unpack to more than 200 times its length"),
+        ((os.fsdecode(b"caf\xe9/1.png"), b"x"), "caf\\xe9/1.png' is not valid UTF-8"),
+    ],
+    ids="symlink,hard link,device,dot-dot,absolute,twice,bomb,bytes name".split(","),
+)
+def test_what_no_zip_can_hold_of_a_tar_is_one_sentence(
+    tmp_path: Path, member: Member, words: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    tar = tar_of(tmp_path / "a.tar.gz", CAT, DOG, member, mode="w:gz")
+    with pytest.raises(PipelineError) as caught:
+        fetch(tar, tmp_path / "raw.zip")
+    assert str(caught.value).startswith(f"{tar} cannot be used: ")
+    assert words in str(caught.value)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("packing", ["", ":gz", ":bz2", ":xz"])
+def test_a_tar_that_is_cut_or_damaged_anywhere_is_one_sentence(tmp_path: Path, packing: str) -> None:
+    """Between two files, too, where tarfile takes it for whole."""
+    data = tar_of(tmp_path / "a.tar", CAT, DOG, mode=f"w{packing}").read_bytes()
+    cuts = (5, 20, len(data) // 2, len(data) - 10) if packing else (512, 1536, 2048, 2060, 3000)
+    damage = 60 if packing else 1540
+    for changed in (*(data[:cut] for cut in cuts), data[:damage] + b"damage" + data[damage + 6 :]):
+        (tmp_path / "b.tar").write_bytes(changed)
+        with pytest.raises(PipelineError, match=r"is damaged|is no whole zip|is a gzip file"):
+            fetch(tmp_path / "b.tar", tmp_path / "raw.zip")
+
+
+@pytest.mark.parametrize("make", [zip_of, tar_of])
+def test_an_archive_in_an_archive_is_named(tmp_path: Path, make: Callable[..., Path]) -> None:
+    path = make(tmp_path / "outer", ("notes.txt", b""), ("train.zip", zip_of(tmp_path / "inner", CAT).read_bytes()))
+    with pytest.raises(PipelineError, match=r"outer holds no images but another archive, 'train.zip'; take it out"):
+        fetch(path, tmp_path / "raw.zip")
+
+
+def test_a_folder_of_many_levels_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "/".join("a" * 200)).mkdir(parents=True)
+    with pytest.raises(PipelineError, match="lies more than 32 folders deep"):
+        fetch(tmp_path / "photos", tmp_path / "raw.zip")
+
+
 # --- folder: folders
 
 
@@ -472,10 +566,11 @@ def bad_name(inbox: Path) -> None:
         (bad_name, "data/inbox", ["caf\\xe9", "UTF-8"]),
         (lambda inbox: (inbox / "a.png").write_bytes(b""), "data/inbox", ["data/inbox/a.png", "no class folder"]),
         (lambda inbox: (inbox / "a").symlink_to("nothing"), "data/inbox", ["data/inbox/a", "broken link"]),
-        (lambda inbox: [(inbox / n).write_bytes(b"") for n in ("a.zip", "b.zip")], "data/inbox", ["2 zips"]),
+        (lambda inbox: [(inbox / n).write_bytes(b"") for n in ("a.zip", "b.zip")], "data/inbox", ["2 archives"]),
         (lambda inbox: (inbox / "a.tar").write_bytes(b"tar"), "data/inbox/a.tar", ["data/inbox/a.tar", "no whole zip"]),
+        (lambda inbox: (inbox / "a.7z").write_bytes(b"7z\xbc\xaf\x27\x1c"), "data/inbox", ["a.7z", "7z x -oFOLDER"]),
     ],
-    ids="empty,missing,unset,tilde,outside,bytes name,no class,broken link,two zips,no zip".split(","),
+    ids="empty,missing,unset,tilde,outside,bytes name,no class,broken link,two zips,no zip,7z".split(","),
 )
 def test_a_bad_folder_is_one_sentence(
     home: Path, make: Callable[[Path], object] | None, path: str, words: list[str]
