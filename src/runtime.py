@@ -3,6 +3,7 @@
 import argparse
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -178,6 +179,12 @@ def in_sight(folder: Path) -> Iterator[Path]:
             former.replace(folder)
         raise
     remove(former)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, the same bytes for the same value. Raises ValueError where it holds NaN, which is none."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8", newline="\n")
 
 
 def remove(path: Path) -> None:

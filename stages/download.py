@@ -1,10 +1,8 @@
 """Bring the images as one archive, and write down where they come from."""
 
-import json
-
 from src import paths
 from src.params import load_params
-from src.runtime import run, whole
+from src.runtime import run, whole, write_json
 from src.sources import fetch
 
 
@@ -12,7 +10,7 @@ def main() -> None:
     params = load_params().download
     with whole(paths.RAW, paths.ORIGIN) as (raw, origin):
         record = fetch(params, raw)
-        origin.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(origin, record)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Judge the trained network on the test images: data/predictions.csv and metrics/."""
 
-import json
-
 from src import paths
 from src.batches import choose_device, read_dataset
 from src.environment import settle
@@ -9,7 +7,7 @@ from src.evaluation import fit_temperature, predict, probabilities, score, sure_
 from src.intervals import report_few
 from src.networks import load
 from src.params import load_params
-from src.runtime import PipelineError, counted, run, say, whole
+from src.runtime import PipelineError, counted, run, say, whole, write_json
 
 
 def main() -> None:
@@ -43,8 +41,8 @@ def main() -> None:
     with whole(paths.PREDICTIONS, paths.EVALUATION, paths.TEST_METRICS, paths.CLASS_METRICS) as outs:
         table_file, evaluation_file, metrics_file, class_file = outs
         predictions.to_csv(table_file, index=False, float_format="%.6g", lineterminator="\n")
-        evaluation_file.write_text(json.dumps(overall, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        metrics_file.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(evaluation_file, overall)
+        write_json(metrics_file, metrics)
         classes.to_csv(class_file, index=False, float_format="%.6g", lineterminator="\n")
     low, high = overall["accuracy_low"], overall["accuracy_high"]
     if sure is None:

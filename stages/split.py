@@ -1,14 +1,12 @@
 """Divide the prepared images: data/split.csv and metrics/data.json."""
 
-import json
-
 import numpy as np
 import pandas as pd
 
 from src import paths
 from src.intervals import report_few
 from src.params import load_params
-from src.runtime import counted, run, say, whole
+from src.runtime import counted, run, say, whole, write_json
 from src.split import assign, cautions, summarize
 
 
@@ -26,7 +24,7 @@ def main() -> None:
         report_few(part, summary[f"{part}_images"])
     with whole(paths.SPLIT, paths.DATA_METRICS) as (split, metrics):
         table.to_csv(split, index=False, lineterminator="\n")
-        metrics.write_text(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(metrics, summary)
     counts = ", ".join(f"{count:,} {name}" for name, count in table["split"].value_counts().items())
     leaks = counted(summary["groups_that_would_have_leaked"], "group")
     print(f"split {counted(len(table), 'image')}: {counts}; {leaks} kept from leaking")

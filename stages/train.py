@@ -1,6 +1,5 @@
 """Train the network: models/, metrics/train/, metrics/environment.json and data/training_batch.npy."""
 
-import json
 from dataclasses import asdict
 
 import numpy as np
@@ -13,7 +12,7 @@ from src.environment import bits, describe, settle
 from src.networks import count_parameters, start
 from src.params import load_params
 from src.provenance import inputs_of
-from src.runtime import in_sight, run, whole
+from src.runtime import in_sight, run, whole, write_json
 from src.training import Trainer, fit_from, make_fabric
 
 SEEN = 25
@@ -33,17 +32,12 @@ def main() -> None:
     with (
         open_store(params, steps, made_of) as store,
         in_sight(paths.TRAIN_LOG) as folder,
-        whole(paths.MODEL, paths.SNAPSHOTS, paths.TRAINING_BATCH, paths.ENVIRONMENT) as (
-            best,
-            snapshots,
-            batch,
-            record,
-        ),
+        whole(paths.MODEL, paths.SNAPSHOTS, paths.TRAINING_BATCH, paths.ENVIRONMENT) as (best, snapshots, batch, env),
         batch.open("wb") as seen,
         Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live,
     ):
         np.save(seen, next(batches(train, params, 1))[0][:SEEN].cpu().numpy())
-        record.write_text(json.dumps([machine], indent=2) + "\n", encoding="utf-8")
+        write_json(env, [machine])
         live.summary |= {"parameters": count_parameters(network), "train_images": len(train)}
         for ended in fit_from(store, Trainer(network, params, fabric), train, validation, card):
             log(live, ended)

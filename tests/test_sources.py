@@ -414,7 +414,7 @@ def tar_info(name: str, kind: bytes) -> tarfile.TarInfo:
 
 
 def fetch(path: Path, target: Path) -> None:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())["download"]
+    params = yaml12.read(ROOT / "params.yaml")["download"]
     sources.fetch(Download(**params | {"source": "folder", "path": str(path)}), target)
 
 
