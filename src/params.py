@@ -42,11 +42,11 @@ class Download(Section):
     source: Literal["sample", "kaggle", "folder"]
     """sample: 5,000 MNIST digits, without network; kaggle: a Kaggle data set; folder: your own images."""
     dataset: str
-    """kaggle: owner/slug, as in the data set's address; else unused."""
+    """kaggle: owner/slug, as in the data set's address; unused by the other sources."""
     version: CountOrOff
-    """kaggle: the data set's version, 1 or more; else unused."""
+    """kaggle: the data set's version, 1 or more; unused by the other sources."""
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
-    """kaggle: the archive's SHA-256 as 64 hexadecimal digits; '' accepts any and prints the one found."""
+    """kaggle: the archive's SHA-256 as 64 hexadecimal digits; '' accepts any, and prints the one found."""
     path: Text
     """folder: a folder of class folders, or of one zip, or a zip: data/inbox, or an absolute path anywhere."""
 
@@ -91,9 +91,9 @@ class Split(Section):
     seed: Seed
     """Another seed draws another split."""
     validation: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images to choose by (of the official training images where official is true)."""
+    """Share of the images for validation (of the official training images where official is true)."""
     test: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images to judge by; unused where official is true."""
+    """Share of the images for testing; unused where official is true."""
     official: bool
     """Keep the train and test folders (or idx files) of the archive as they are."""
 
@@ -118,11 +118,11 @@ class Model(Section):
     pretrained: bool
     """timm: begin with pretrained weights; false draws them."""
     weights: Text
-    """timm: a file of weights, or a folder with NAME.safetensors; else the hub's cache, or the hub."""
+    """timm: a file of weights, or a folder with NAME.safetensors; otherwise the hub's cache, then the hub."""
     input_size: SizeOrOff
     """timm: side to which the backbone has the images resized; 0 takes the one of its own configuration."""
     head: list[Count]
-    """timm: widths of the fully connected layers between backbone and classes."""
+    """timm: widths of the fully connected layers between backbone and classes; [] for other networks."""
 
     @model_validator(mode="after")
     def _network_exists(self) -> "Model":
@@ -151,8 +151,8 @@ class Augment(Section):
     """How each training image is changed, each by its own draw, on the device."""
 
     image_size: SizeOrOff
-    """Side of what training sees, in pixels: smaller costs less, and larger images are then known better (Touvron et
-    al. 2019). 0 keeps prepare.image_size."""
+    """Side of what training sees, in pixels: smaller costs less, and larger test images are then classified better
+    (Touvron et al. 2019). 0 keeps prepare.image_size."""
     flip: bool
     """Mirror it left to right with probability 1/2."""
     shift: SizeOrOff
@@ -200,13 +200,13 @@ class Train(Section):
     warmup: CountOrOff
     """Epochs in which the learning rate grows from 0, step by step."""
     decay: CountOrOff
-    """wsd: epochs at the end in which it falls to 0; else unused."""
+    """wsd: epochs at the end in which it falls to 0; 0 for the other schedules."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """The optimizer's weight decay; norms and biases have none."""
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Largest norm of the gradient of all weights together; 0 does not limit it."""
     ema: Share
-    """Judge and keep a running average of the weights, which takes over this share of itself in each step; 0: none."""
+    """Evaluate and save a running average of the weights, which keeps this share of itself in each step; 0: none."""
     label_smoothing: Share
     """Share of each label that is spread evenly over the classes."""
     class_weights: bool

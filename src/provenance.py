@@ -1,4 +1,4 @@
-"""What a stage is made of: the files and params that dvc.yaml names for it, and whether they are still the same."""
+"""The inputs of a stage, which are the files and params that dvc.yaml names, and whether they have changed."""
 
 import hashlib
 from pathlib import Path
@@ -20,7 +20,7 @@ def hash_file(path: Path) -> str:
 
 
 class Sources:
-    """What a stage is made of, remembered at its start.
+    """The inputs of a stage as they were at its start.
 
     DVC hashes dependencies after the command ran (3.67, dvc#11058), so that an edit during a run would be recorded
     beside outputs that it never made.
@@ -32,7 +32,7 @@ class Sources:
         self.before = self._look() | {name: _CODE[name] for name in _files(stage) if name in _CODE}
 
     def watch(self, file: Path) -> None:
-        """Remember a file of the user's own, too, or that there is none."""
+        """Add a file of the user's own, which may be missing."""
         self.watched.append(file)
         self.before[str(file)] = _identity(file)
 
@@ -73,7 +73,7 @@ def _params(stage: str) -> dict[str, object]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Tell a file from another: when it was changed last, in ns, and its length."""
+    """Identify a file by its modification time, in ns, and its size."""
     return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
 
 

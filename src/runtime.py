@@ -1,4 +1,4 @@
-"""What every stage shares: a user's mistake is one sentence, outputs appear whole or not at all, and of one source."""
+"""What every stage shares: errors in one sentence, outputs that are complete or not there, arguments and locks."""
 
 import argparse
 import errno
@@ -25,7 +25,7 @@ RESUME = Path(".resume")
 
 
 class PipelineError(Exception):
-    """A mistake or a circumstance that the user can mend; its text is the one sentence that they read."""
+    """An error that the user can fix; its text is the one sentence that they see."""
 
 
 _sources: Sources | None = None  # none outside of `run`, as in tests: there the caller is the one who edits
@@ -72,7 +72,7 @@ def _explain_on_request(stage: str) -> None:
 
 
 def watch(file: Path) -> None:
-    """Watch one more file, which has to be the same, or to be missing, to the end of this stage."""
+    """Watch one more file, which must not change, or appear, until this stage ends."""
     if _sources:
         _sources.watch(file)
 
@@ -126,7 +126,7 @@ def _stop(sentence: str) -> None:
 
 
 def say(sentence: str) -> None:
-    """Tell the user one line, on stderr, under the stage's name."""
+    """Print one line on stderr, after the name of the stage."""
     print(f"{Path(sys.argv[0]).stem}: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
 
 
@@ -237,7 +237,7 @@ def _link(source: Path, place: Path) -> None:
 
 @contextmanager
 def alone(path: Path, otherwise: str) -> Iterator[None]:
-    """Hold a lock, which the system lifts however the process ends; whoever comes second says so and waits."""
+    """Hold a lock, which the system releases however the process ends; a second process reports it and waits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

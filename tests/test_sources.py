@@ -161,6 +161,15 @@ def test_importing_the_module_imports_nothing_slow() -> None:
 # --- kaggle
 
 
+def test_names_are_utf8_whatever_the_locale(home: Path, digits: Path) -> None:
+    for name in ("猫", "犬"):
+        (home / "data/inbox" / name).mkdir()
+        shutil.copy(next((digits / "0").iterdir()), home / "data/inbox" / name / "1.png")
+    done = run(home, "folder", env={"LC_ALL": "C", "PYTHONUTF8": "0"})  # Python takes ASCII for the locale's encoding
+    assert done.returncode == 0, done.stderr
+    assert set(zipfile.ZipFile(home / "data/raw.zip").namelist()) == {"猫/1.png", "犬/1.png"}
+
+
 def test_a_public_data_set_needs_no_account(home: Path, kaggle: KaggleServer, archive_of_digits: Path) -> None:
     done = run(home, "kaggle", kaggle, env={"VERBOSE": "1"})  # would make the client print all that it receives
     digest = hashlib.sha256(archive_of_digits.read_bytes()).hexdigest()
