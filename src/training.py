@@ -163,8 +163,6 @@ class Trainer:
         return torch.stack(sums)
 
     def _check_batch(self, images: int) -> None:
-        if self.params.batch > images:
-            say(f"train.batch is {self.params.batch:,}: each epoch is one step of all {images:,} training images")
         frozen = self.params.freeze >= self.params.epochs
         trained = self.network.layers if frozen else self.network
         if min(self.params.batch, images) == 1 and any(isinstance(layer, _BatchNorm) for layer in trained.modules()):
@@ -172,6 +170,8 @@ class Trainer:
                 f"found one image a step (train.batch: {self.params.batch}, training images: {images}), "
                 "but the batch normalisation of this network needs 2 or more"
             )
+        if self.params.batch > images:
+            say(f"train.batch is {self.params.batch:,}, more than the training images ({images:,}): one step an epoch")
 
     def _check_loss(self, which: str, loss: float, epoch: int) -> None:
         if not math.isfinite(loss):

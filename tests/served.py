@@ -88,7 +88,7 @@ def replace(model: Path, content: bytes) -> None:
     part.replace(model)
 
 
-def stand_in(*, sure_from: float = 0.5, heat: bool = True, products: int = 0, **card: object) -> bytes:
+def stand_in(*, sure_from: float | None = 0.5, heat: bool = True, products: int = 0, **card: object) -> bytes:
     """A model that names the brightest side of a picture of any size; large products of matrices make it slow."""
     middle = SIZE // 2
     halves = np.zeros((SIZE, SIZE, len(SIDES)), np.float32)

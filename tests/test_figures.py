@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -241,6 +242,24 @@ def test_few_and_many_classes_are_drawn(count: int) -> None:
     width, height = Image.open(io.BytesIO(files["confusion.png"])).size
     assert (width > 1000) == (height > 1000) == (count == 60)
     assert list(files) == NAMES
+
+
+def test_scores_that_are_undefined_are_a_dash_and_the_weakest_class_is_one_that_was_tested(tmp_path: Path) -> None:
+    results = results_of(["a", "b", "c"])
+    scores = [figures.Score("a", math.nan, 0.0, 0.0, 6), figures.Score("b", math.nan, math.nan, math.nan, 0)]
+    results = dataclasses.replace(results, scores=[*scores, *results.scores[2:]])
+    page = figures.draw(results, seed=0, examples=4)["report.html"].decode()
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "<td>–</td><td>–</td><td>–</td><td>0</td>" in page
+    assert "The hardest class is <b><bdi>a</bdi></b>: 0.0" in page
+    write_inputs(tmp_path, results)
+    table = tmp_path / paths.CLASS_METRICS
+    table.write_text(table.read_text().replace("nan", ""))
+    done = run_stage(tmp_path, "plot", plot={"examples": 4})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / paths.PLOTS / "classes.png").read_bytes() == figures.draw(results, seed=0, examples=4)[
+        "classes.png"
+    ]
 
 
 def test_a_perfect_network_of_one_epoch_on_gray_images_has_a_complete_report() -> None:

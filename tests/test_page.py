@@ -150,6 +150,20 @@ def test_an_answer_below_the_threshold_is_not_sure_in_words(served: Served, open
     expect(page.locator("#status")).to_contain_text("not sure, perhaps")
 
 
+@pytest.mark.parametrize("path", ["/", pytest.param("/?device", marks=on_device)])
+def test_without_a_threshold_an_answer_is_shown_with_its_confidence_alone(
+    opens: Opens, tmp_path: Path, path: str
+) -> None:
+    with Served(write(tmp_path / "model.onnx", sure_from=None)) as service:
+        page = opens(service, path)
+        page.set_input_files("#files", [{**picture("left"), "buffer": encode(Image.new("RGB", (40, 40), "gray"))}])
+        answers(page)
+        expect(page.locator("#status")).to_contain_text(": left, 25%")
+        expect(page.locator(".verdict")).to_have_text("")
+        expect(page.locator(".card.unsure")).to_have_count(0)
+        expect(page.locator("#accuracy")).to_contain_text("is not known: too few validation pictures")
+
+
 def test_where_it_looked_lies_over_that_part_of_the_picture(served: Served, opens: Opens) -> None:
     """The stand-in's heat is the light in the centre square, so the bright half stays and the other goes dark."""
     page = opens(served, color_scheme="light")

@@ -22,7 +22,10 @@ import requests
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.batching import Prediction
+from app.model import load
 from app.server import SAFE_HEADERS
+from app.service import Answer, describe
 from app.settings import load_settings
 from src import images
 from src.runtime import PipelineError
@@ -155,6 +158,14 @@ def test_a_picture_of_nothing_is_not_sure(served: Served) -> None:
     (prediction,) = post(served, encode(Image.new("RGB", (50, 50), "gray"))).json()["predictions"]
     assert prediction["sure"] is False
     assert [share["probability"] for share in prediction["classes"]] == [0.25] * 4
+
+
+def test_without_a_confidence_to_be_sure_from_an_answer_is_neither_sure_nor_not(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(stand_in(sure_from=None))
+    answer = describe(Prediction(np.array([0.1, 0.7, 0.1, 0.1], np.float32), None), load(file), top=1, heat=False)
+    assert answer == {"sure": None, "classes": [{"class": SIDES[1], "probability": 0.7}]}
+    assert Answer.model_validate({"name": "a", **answer}).sure is None
 
 
 def test_the_model_and_the_limits_are_told_and_the_file_is_given(served: Served, model: Path) -> None:

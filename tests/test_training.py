@@ -896,7 +896,7 @@ def test_a_batch_larger_than_the_data_is_one_step_of_all_images(
     (expected,) = fitted(data, whole, epochs=1, batch=451)
     assert "train.batch" not in capsys.readouterr().err
     assert fitted(data, larger, epochs=1, batch=10_000) == [expected]
-    assert "train.batch is 10,000: each epoch is one step of all 451 training images" in capsys.readouterr().err
+    assert "train.batch is 10,000, more than the training images (451): one step an epoch" in capsys.readouterr().err
     assert all(map(torch.equal, larger.parameters(), whole.parameters()))
 
 
