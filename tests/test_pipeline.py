@@ -101,15 +101,28 @@ def test_another_image_size_makes_other_images_in_the_workspace_and_aside(projec
 
 
 def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
-    project.dvc("exp", "run", "--name", "longer", "-S", "train.epochs=3", "plot")
+    settings = ("train.epochs=3", "train.lr=2e-3", "model.dropout=0.1")
+    project.dvc("exp", "run", *(word for setting in settings for word in ("-S", setting)), "plot")
     diff = json.loads(project.dvc("metrics", "diff", "--json"))
-    accuracy = diff["metrics/test.json"]["accuracy"]
-    assert accuracy["new"] > accuracy["old"]
-    assert diff["metrics/train/metrics.json"]["best_epoch"] == {"old": 1, "new": 3, "diff": 2}
+    assert [(file, list(metrics)) for file, metrics in diff.items()] == [
+        ("metrics/test.json", ["accuracy", "macro_f1", "validation"])
+    ]
+    assert diff["metrics/test.json"]["accuracy"]["diff"] > 0
     assert "train.epochs" in project.dvc("params", "diff")
-    assert "longer" in project.dvc("exp", "show", "--csv")
     assert project.json("metrics/train/metrics.json")["step"] == 3
 
+    table = project.dvc("exp", "show", "--only-changed", "--no-pager", COLUMNS="120").splitlines()
+    assert max(map(len, table)) <= 120
+    header = next(line.split() for line in table if "Experiment" in line)
+    metrics, params = ["accuracy", "macro_f1", "validation"], ["model.dropout", "train.epochs", "train.lr"]
+    assert header[:8] == ["Experiment", "Created", *metrics, *params]
+    # DVC folds up the columns of deps that do not fit, but not that of the first by its name, 32 characters wide.
+    workspace = json.loads(project.dvc("exp", "show", "--json"))[0]["data"]
+    assert min(workspace["deps"]) == "data/images.npy", "an experiment in training must not change it"
+
+    data = json.loads(project.dvc("plots", "diff", "--json"))["data"]
+    pictures = [f"plots/{name}.png" for name in ("augmented", "classes", "confusion", "curves", "examples", "mistakes")]
+    assert sorted(data) == ["accuracy", "confusion", "loss", "metrics/classes.csv", *pictures]
     project.dvc("plots", "diff")
     page = (project.folder / "dvc_plots/index.html").read_text(encoding="utf-8")
     for title in (
