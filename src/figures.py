@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network said of one test image: a row of data/predictions.csv without its probability columns."""
+    """What the network predicted for one test image: a row of data/predictions.csv without its probability columns."""
 
     row: int
     path: str
@@ -224,7 +225,7 @@ def curves(history: Mapping[str, Mapping[str, Series]], best_epoch: int) -> Figu
 
 
 def confusion(counts: NDArray[np.int64], names: Sequence[str]) -> Figure:
-    """Rows are what the images are, columns what was said; blue is right, orange wrong, a dark cell a large share."""
+    """Rows are actual classes, columns predicted ones; blue is right, orange wrong, a dark cell a large share."""
     size, totals = len(names), counts.sum(axis=1)
     shares = counts / np.maximum(totals, 1)[:, None]
     inches = min(max(0.52 * size, 3.6), 6.8) if size <= 30 else min(0.15 * size, 30)
@@ -245,20 +246,8 @@ def confusion(counts: NDArray[np.int64], names: Sequence[str]) -> Figure:
     figure.suptitle(title, x=0.015, ha="left")
     axes = figure.subplots()
     axes.imshow(colors, interpolation="nearest")
-    least, note = (0.0, "") if size <= 30 else (0.05, "\nCells under 5 % of their row have no number.")
-    if size > 200:  # a number would be too small to read
-        least, note = math.inf, ""
-    for row, column in zip(*np.nonzero((counts > 0) & (shares >= least)), strict=True):
-        light = row == column and shares[row, column] > 0.85  # elsewhere ink has the higher contrast
-        text = f"{counts[row, column]:,}"
-        if cell > 34:
-            text += f"\n{percent(shares[row, column], 0)}"
-        room = cell / 72 * DPI - 4
-        number = min(9.5, cell * (0.26 if cell > 34 else 0.5))
-        number *= min(1, room / max(_width(line, number) for line in text.split("\n")))
-        axes.text(
-            column, row, text, ha="center", va="center", size=number, color=PAPER if light else INK, linespacing=1.3
-        )
+    if size <= 200:  # in smaller cells a number cannot be read
+        _write_numbers(axes, counts, shares, cell, least=0.0 if size <= 30 else 0.05)
     every = math.ceil(font / (cell * 0.8))  # of more than some 200 classes, not each has room for its name
     axes.set_xticks(range(0, size, every), names[::every], rotation=90 if upright else 0, fontsize=font)
     axes.set_yticks(range(0, size, every), rows[::every], fontsize=font)
@@ -269,9 +258,27 @@ def confusion(counts: NDArray[np.int64], names: Sequence[str]) -> Figure:
         axes.grid(which="minor", linewidth=0.6)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
+    note = "\nCells under 5 % of their row have no number." if 30 < size <= 200 else ""
     axes.set_xlabel(f"predicted class\n\nDiagonal, blue: right. Elsewhere, orange: mistakes.{note}")
     axes.set_ylabel("actual class (test images)")
     return figure
+
+
+def _write_numbers(
+    axes: Axes, counts: NDArray[np.int64], shares: NDArray[np.float64], cell: float, least: float
+) -> None:
+    """Write the count into each cell from a share of `least` of its row on, with the share where the cell, of so many
+    points, has room."""
+    room = cell / 72 * DPI - 4
+    for row, column in zip(*np.nonzero((counts > 0) & (shares >= least)), strict=True):
+        lines = [f"{counts[row, column]:,}", percent(shares[row, column], 0)][: 2 if cell > 34 else 1]
+        size = min(9.5, cell * (0.26 if cell > 34 else 0.5))
+        size *= min(1, room / max(_width(line, size) for line in lines))
+        light = row == column and shares[row, column] > 0.85  # elsewhere ink has the higher contrast
+        axes.text(
+            column, row, "\n".join(lines), ha="center", va="center", size=size, color=PAPER if light else INK,
+            linespacing=1.3,
+        )  # fmt: skip
 
 
 def class_scores(scores: Sequence[Score], names: Mapping[str, str]) -> Figure:
