@@ -46,10 +46,10 @@ MAX_NAME, MAX_DEPTH = 1024, 32
 """Characters of a path and its folders; Windows allows 260 characters, Linux 4,096, neither has a bound on folders."""
 _TRUST = "get the archive from a source that you trust"
 
-_UNPACK = "; unpack it with `{} {}` and use download.source: folder with download.path: FOLDER"
+_UNPACK = "unpack it with `7z x -oFOLDER {path}` and use download.source: folder with download.path: FOLDER"
 _OTHER_FILES = {
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive, expected a zip or a tar" + _UNPACK.format("7z x -oFOLDER", "{path}"),
-    b"rar!\x1a\x07": "a RAR archive, expected a zip or a tar" + _UNPACK.format("7z x -oFOLDER", "{path}"),
+    b"7z\xbc\xaf\x27\x1c": f"a 7z archive, expected a zip or a tar; {_UNPACK}",
+    b"rar!\x1a\x07": f"a RAR archive, expected a zip or a tar; {_UNPACK}",
     b"\x28\xb5\x2f\xfd": "compressed by Zstandard, expected a zip or a tar; unpack it with `zstd -d {path}`",
     b"\x1f\x8b": "a gzip file, expected a zip or a tar; unpack it with `gzip -d {path}`",
     b"pk\x07\x08": "the first part of a zip; join all parts with `zip -s 0 NAME.zip --out whole.zip`",
@@ -271,7 +271,9 @@ def write(path: Path, files: Iterable[tuple[str, Path | bytes | IO[bytes]]]) -> 
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in files:
-            if name in archive.NameToInfo and not name.endswith("/"):
+            if name in archive.NameToInfo:
+                if name.endswith("/"):
+                    continue
                 raise PipelineError(f"the file {name!r} is there twice, expected once; pack it again from its files")
             member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             member.external_attr = 0o644 << 16
@@ -318,10 +320,10 @@ def _check_directory(path: Path) -> None:
     if overlap is not None:
         name = next(entry.name for entry in _entries(path) if entry.offset == overlap)
         raise PipelineError(f"{path} holds {name!r} in bytes that also belong to another file: a zip bomb? {_TRUST}")
-    repeated = {one for one, other in pairwise(sorted(names)) if one == other}
-    seen = Counter(entry.name for entry in _entries(path) if hash(entry.name) in repeated) if repeated else Counter()
-    for name, count in seen.items():
-        if count > 1 and not name.endswith("/"):
+    if repeated := {one for one, other in pairwise(sorted(names)) if one == other}:
+        counts = Counter(entry.name for entry in _entries(path) if hash(entry.name) in repeated)
+        name, count = counts.most_common(1)[0]
+        if count > 1:  # else two names have the same hash
             raise PipelineError(f"{path} holds {name!r} {count} times, expected once; pack it again from its files")
 
 
