@@ -305,7 +305,9 @@ def _folder(params: Download, target: Path) -> dict[str, object]:
 
         # disable=None: no bar where stderr is no terminal.
         archive.write(target, ((name, path or b"") for name, path in tqdm(inner, "pack", unit="file", disable=None)))
-    if not any(archive.list_items(target)):
+        if hidden := [name for name in before if archive.is_hidden(os.path.relpath(name, place))]:
+            print(f"left out: {len(hidden):,} hidden files of systems and devices, such as {hidden[0]}")
+    if not any(kind in ("image", "idx") for kind, _ in archive.contents(target)):
         raise PipelineError(f"{zips[0] if zips else place} holds no images; {_WANTED}")
     if _signature(place) != before:  # DVC would take the hash of what lies there now (see src/provenance.py)
         raise PipelineError(f"{place} changed during the run; nothing was recorded; run the same command again")
@@ -345,11 +347,14 @@ def _place(path: str) -> Path:
 
 
 def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str, Path | None]]:
-    """Each file below `folder` with its name in the archive; an empty folder has a name that ends with '/', no file."""
+    """Each file below `folder` with its name in the archive; an empty folder has a name that ends with '/', no file.
+
+    What systems and devices leave behind is left out.
+    """
     real = folder.resolve()
     if real in above:
         raise PipelineError(f"{folder} is a link to a folder above it, so that it holds itself; remove the link")
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    entries = [entry for entry in os.scandir(folder) if not archive.is_hidden(entry.name)]
     if name and not entries:
         yield f"{name}/", None
     for entry in entries:

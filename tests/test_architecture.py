@@ -12,22 +12,24 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 ORDER = (
-    "paths provenance runtime params zipped archive sources images split batches backbones networks optimizers "
+    "paths provenance runtime params zipped archive sources layout images split batches backbones networks optimizers "
     "schedules environment checkpoints training evaluation export figures"
 ).split()
 WITHOUT_TORCH = {
-    *("paths", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "split"),
+    *("paths", "provenance", "runtime", "params", "zipped", "archive", "sources", "layout"),
+    *("images", "split"),
     *("schedules", "checkpoints", "figures"),
 }
 # Beyond the order: an evaluation that could train, or a decoder that needed a network, would be tangled, not wrong.
 NEVER = {
-    "backbones": {"archive", "sources", "images", "split", "batches"},
+    "backbones": {"archive", "sources", "layout", "images", "split", "batches"},
     "networks": {"batches"},
     "checkpoints": {"batches", "networks"},
     "evaluation": {"schedules", "checkpoints", "training", "figures"},
     "training": {"evaluation", "figures"},
-    "split": {"archive", "sources", "images"},
-    "batches": {"archive", "sources", "images", "split"},
+    "sources": {"layout"},
+    "split": {"archive", "sources", "layout", "images"},
+    "batches": {"archive", "sources", "layout", "images", "split"},
 }
 LONGEST_STAGE = 60
 
