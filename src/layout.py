@@ -96,9 +96,9 @@ class Layout:
         yield from _idx_items(self.idx, self.names, self.matches)
         for kind, entry in contents(self.path) if self.folders else ():
             path = _path(entry)
-            place = self.folders.get(path.rpartition("/")[0])
-            if kind == "image" and place and self.matches(path):
-                yield Item(path, *place, entry)
+            assigned = self.folders.get(path.rpartition("/")[0])
+            if kind == "image" and assigned and self.matches(path):
+                yield Item(path, *assigned, entry)
 
 
 def read_layout(path: Path, include: str = "*", classes: Names | None = None, class_level: int = 0) -> Layout:
@@ -112,7 +112,7 @@ def read_layout(path: Path, include: str = "*", classes: Names | None = None, cl
     pairs = [(pair, official(PurePosixPath(pair.images.name).name)) for pair in pair_idx(path, tree.idx)]
     if len(tree.idx) > 2 * len(pairs):
         tree.left_out[_UNPAIRED].add(tree.idx[-1].name, len(tree.idx) - 2 * len(pairs))
-    places: dict[Folder, tuple[str, str]] = {}
+    assigned: dict[Folder, tuple[str, str]] = {}
     groups: Iterable[tuple[tuple[str, str], int, str]]
     if pairs:
         _check_kinds(tree, pairs)
@@ -120,22 +120,22 @@ def read_layout(path: Path, include: str = "*", classes: Names | None = None, cl
         _check_names(names, codes, codes)
         groups = (((item.label, item.official), 1, item.path) for item in _idx_items(pairs, names, matches))
     else:
-        places = _read_folders(path, tree, names, class_level)
-        groups = ((place, folder.images, folder.example) for folder, place in places.items())
+        assigned = _read_folders(path, tree, names, class_level)
+        groups = ((of, folder.images, folder.example) for folder, of in assigned.items())
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[str, str] = {}
-    for place, count, example in groups:
-        counts[place] += count
-        examples.setdefault(place[0], example)
+    for (label, split), count, example in groups:
+        counts[label, split] += count
+        examples.setdefault(label, example)
     if pairs and (rest := sum(len(pair.labels) for pair, _ in pairs) - counts.total()):
         tree.left_out[f"{_UNMATCHED}, or {_MAPPED}"].add(pairs[0][0].images.name, rest)
     if not counts:
-        raise PipelineError(f"no image of the archive is left: {'; '.join(_told(tree.left_out)) or 'it is empty'}")
+        raise PipelineError(f"no image of the archive is left: {'; '.join(_lines(tree.left_out)) or 'it is empty'}")
     if len(examples) < 2:
         raise PipelineError(
             f"prepare.classes and prepare.include leave 1 class ({_some(examples)}), expected at least 2 to tell apart"
         )
-    folders = {where: places[folder] for where, folder in tree.folders.items() if folder in places}
+    folders = {where: assigned[folder] for where, folder in tree.folders.items() if folder in assigned}
     return Layout(path, matches, names, folders, pairs, counts, examples, tree.left_out)
 
 
@@ -164,11 +164,11 @@ def describe(layout: Layout) -> str:
     ]
     if (more := len(layout.examples) - _ROWS) > 0:
         lines.append(f"… and {more:,} more")
-    return "\n".join((*lines, *(f"left out: {line}" for line in _told(layout.left_out))))
+    return "\n".join((*lines, *(f"left out: {line}" for line in _lines(layout.left_out))))
 
 
-def _told(left_out: Mapping[str, Tally]) -> list[str]:
-    return [f"{tally.count:,} {reason}, such as {_short(tally.example, 48)!r}" for reason, tally in left_out.items()]
+def _lines(left_out: Mapping[str, Tally]) -> list[str]:
+    return [f"{tally.count:,} {reason}, such as {_short(tally.example, 48)}" for reason, tally in left_out.items()]
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def _leave_out(tree: _Tree, names: Names) -> None:
         if folder.parent and names.get(folder.name, "") is None:
             if folder.total:
                 example = next(below.example for below in folder.tree() if below.images)
-                tree.left_out[f"{_MAPPED}: {{{folder.name}: null}}"].add(example, folder.total)
+                tree.left_out[f"{_MAPPED}: {_yaml({folder.name: None})}"].add(example, folder.total)
             del folder.parent.children[folder.name]
             folder.children = {}
     for folder in _copies(tree.root):
@@ -301,14 +301,20 @@ def _copies(root: Folder) -> list[Folder]:
 
     Seen on Kaggle: cell_images/Parasitized is there again as cell_images/cell_images/Parasitized.
     """
-    filled = [(folder.parts(), folder) for folder in root.tree() if folder.images]
-    copies, seen = set[Folder](), set[tuple[object, ...]]()
-    for parts, folder in sorted(filled, key=lambda found: (len(found[0]), found[0])):
-        split = next(filter(None, map(official, reversed(parts))), "")
-        key = (folder.name.casefold(), split, folder.images, folder.content)
-        if key in seen:
-            copies.add(folder)
-        seen.add(key)
+    alike: dict[tuple[str, int, int], list[Folder]] = defaultdict(list)
+    for folder in root.tree():
+        if folder.images:
+            alike[folder.name.casefold(), folder.images, folder.content].append(folder)
+    copies: set[Folder] = set()
+    for group in alike.values():
+        seen: set[str] = set()
+        for parts, folder in sorted(
+            ((folder.parts(), folder) for folder in group), key=lambda pair: (len(pair[0]), pair[0])
+        ):
+            split = next(filter(None, map(official, reversed(parts))), "")
+            if split in seen:
+                copies.add(folder)
+            seen.add(split)
     beside = {folder: folder.parent.filled() for folder in copies if folder.parent}
     return [folder for folder, others in beside.items() if len(others) > 1 and copies.issuperset(others)]
 
@@ -316,7 +322,7 @@ def _copies(root: Folder) -> list[Folder]:
 # --- the reading ------------------------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class Leaf(NamedTuple):
     """A folder that holds images, its official split, and the folders from the top down that may be its class."""
 
     folder: Folder
@@ -333,20 +339,20 @@ def _read_folders(path: Path, tree: _Tree, names: Names, class_level: int) -> di
     _check_names(names, {folder.name for folder in tree.root.tree()}, {f.name for f in tree.root.tree() if f.images})
     _leave_out(tree, names)
     named = {folder for folder, name in names.items() if name is not None}
-    places = list(_places(tree.root, named))
-    if not places:
+    leaves = list(_leaves(tree.root, named))
+    if not leaves:
         return {}
-    inside = [place for place in places if place.levels]
+    inside = [leaf for leaf in leaves if leaf.levels]
     level = _find_level(inside, named, class_level)
-    labels = {place.folder: place.at(level).name for place in inside if level}
+    labels = {leaf.folder: leaf.at(level).name for leaf in inside if level}
     parts = {label for label in labels.values() if label.lower() in _PARTS} - named
     if len(set(labels.values())) < 2 or len(parts) > 1:
-        raise PipelineError(_no_classes(path, places))
-    _check_unlabelled(places, labels, named)
-    _check_unreadable({place.at(level).parent for place in inside})
+        raise PipelineError(_no_classes(path, leaves))
     _check_alike(sorted(set(labels.values())), names)
+    _check_unlabelled(leaves, labels, names)
+    _check_unreadable(dict.fromkeys(leaf.at(level).parent for leaf in inside))
     _check_names(dict.fromkeys(named), set(labels.values()), set(labels.values()))
-    splits = {place.folder: place.split for place in inside}
+    splits = {leaf.folder: leaf.split for leaf in inside}
     return {
         folder: (names.get(labels[folder]) or labels[folder], splits[folder])
         for folder in tree.folders.values()
@@ -354,21 +360,21 @@ def _read_folders(path: Path, tree: _Tree, names: Names, class_level: int) -> di
     }
 
 
-def _places(root: Folder, named: set[str]) -> Iterator[Place]:
+def _leaves(root: Folder, named: set[str]) -> Iterator[Leaf]:
     """Walk down the tree, past splits and the folders that hold everything."""
-    waiting = [Place(root, "", ())]
+    waiting = [Leaf(root, "", ())]
     while waiting:
-        place = waiting.pop()
-        if place.folder.images:
-            yield place
-        inner = place.folder.filled()
+        leaf = waiting.pop()
+        if leaf.folder.images:
+            yield leaf
+        inner = leaf.folder.filled()
         for folder in inner:
             if _is_split(folder, inner, named):
-                waiting.append(Place(folder, official(folder.name), place.levels))
-            elif len(inner) == 1 and folder.filled() and not place.levels:
-                waiting.append(Place(folder, place.split, ()))
+                waiting.append(Leaf(folder, official(folder.name), leaf.levels))
+            elif len(inner) == 1 and folder.filled() and not leaf.levels:
+                waiting.append(Leaf(folder, leaf.split, ()))
             else:
-                waiting.append(Place(folder, place.split, (*place.levels, folder)))
+                waiting.append(Leaf(folder, leaf.split, (*leaf.levels, folder)))
 
 
 def _is_split(folder: Folder, beside: Sequence[Folder], named: set[str]) -> bool:
@@ -379,42 +385,45 @@ def _is_split(folder: Folder, beside: Sequence[Folder], named: set[str]) -> bool
     return folder.name not in named and ("" not in splits or len(splits) > 2)
 
 
-def _find_level(inside: Sequence[Place], named: set[str], wanted: int) -> int:
-    """Find the level of the classes: `wanted`, or the only one that tells them apart; 0 where there is none.
+def _find_level(inside: Sequence[Leaf], named: set[str], wanted: int) -> int:
+    """Find the level of the classes: `wanted`, or the only one that divides the images; 0 where there is none.
 
-    Raises PipelineError where several levels do.
+    Raises PipelineError where several levels divide them differently, or where `wanted` does not.
     """
-    deepest = max((len(place.levels) for place in inside), default=0)
-    if wanted > deepest > 0:
-        raise PipelineError(f"prepare.class_level is {wanted}, but the folders are at most {deepest} deep")
-    readings: dict[tuple[str, ...], int] = {}
-    for level in [wanted] if wanted else range(1, deepest + 1):
-        labels = tuple(place.at(level).name for place in inside)
-        if len(set(labels)) > 1:
-            readings.setdefault(labels, level)
-        if len(readings) > 3:  # enough to ask; paths can be thousands of folders deep
-            break
-    meant = [level for labels, level in readings.items() if named.issubset(labels)] or [*readings.values()]
-    if len(meant) > 1:
-        ways = [f"{_some(sorted(labels))} (prepare.class_level: {level})" for labels, level in readings.items()]
+    deepest = max((len(leaf.levels) for leaf in inside), default=0)
+    levels = [wanted] if wanted else range(1, min(deepest, _NAMES) + 1)
+    readings = [(level, [leaf.at(level).name for leaf in inside]) for level in levels]
+    readings = [(level, labels) for level, labels in readings if len(set(labels)) > 1]
+    if wanted and inside and (wanted > deepest or not readings):
+        what = (
+            f"the folders are {deepest} deep" if wanted > deepest else f"all lie in {inside[0].at(wanted).name!r} there"
+        )
+        raise PipelineError(f"prepare.class_level is {wanted}, but {what}; 0 finds the classes, or names the choices")
+    divisions: dict[tuple[int, ...], tuple[int, list[str]]] = {}
+    for level, labels in [reading for reading in readings if named.issubset(reading[1])] or readings:
+        numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+        divisions.setdefault(tuple(numbers[label] for label in labels), (level, labels))
+    if len(divisions) > 1:
+        ways = [f"{_some(sorted(labels))} (prepare.class_level: {level})" for level, labels in divisions.values()]
         raise PipelineError(
             f"the folders can be read as the classes {', or as '.join(ways)}; write the level that is meant into "
             "params.yaml, or leave folders out by prepare.classes: {NAME: null}"
         )
-    return meant[0] if meant else 0
+    return next((level for level, _ in divisions.values()), 0)
 
 
-def _no_classes(path: Path, places: Sequence[Place]) -> str:
+def _no_classes(path: Path, leaves: Sequence[Leaf]) -> str:
     """Say that there are no two classes, and where they may be told instead."""
-    names = sorted({place.folder.name for place in places})
+    names = sorted({leaf.folder.name for leaf in leaves})
     odd = [name for name in names if official(name) or name.lower() in _PARTS]
     if names == [""]:
         what = "the images of the archive lie in no folder"
     elif odd:
         which = "which" if odd == names else f"of which {_some(odd)}"
-        what = f"the images of the archive lie in {_some(names)}, {which} by name are no classes"
+        no_class = "by its name is no class" if len(odd) == 1 else "by their names are no classes"
+        what = f"the images of the archive lie in {_some(names)}, {which} {no_class}"
     else:
-        what = f"the archive has 1 class ({_some(filter(None, names))}), expected at least 2 to tell apart"
+        what = f"the images of the archive lie in {_some(filter(None, names))}, expected at least 2 class folders"
     if others := list(_other_labels(path)):
         what += f"; classes may be meant by {' or by '.join(others)}, which is not supported yet"
     what += "; sort the images into class folders (such as cat/1.jpg, dog/1.jpg)"
@@ -454,41 +463,44 @@ def _check_names(names: Iterable[str], known: set[str], shown: set[str]) -> None
         raise PipelineError(f"prepare.classes names the folder {unknown[0]!r}; the archive has {_some(sorted(shown))}")
 
 
-def _check_unlabelled(places: Sequence[Place], labels: Mapping[Folder, str], named: set[str]) -> None:
+def _check_unlabelled(leaves: Sequence[Leaf], labels: Mapping[Folder, str], names: Names) -> None:
     """Ask what images are that lie beside class folders, or beside splits with other classes."""
+    called = {folder: names.get(label) or label for folder, label in labels.items()}
     classes: dict[str, set[str]] = defaultdict(set)
-    for folder, split, levels in places:
+    for folder, split, levels in leaves:
         if levels:
-            classes[split].add(labels[folder])
+            classes[split].add(called[folder])
     known = set[str]().union(*(classes[split] for split in SPLITS))
     odd = {split: classes[split] for split in SPLITS if not classes[split] & (classes["train"] or known)}
     odd[""] = classes[""] - known if known else set()
     asked = [
-        place for place in places if not place.levels or labels[place.folder] in odd.get(place.split, set()) - named
+        leaf
+        for leaf in leaves
+        if not leaf.levels or (called[leaf.folder] in odd.get(leaf.split, ()) and labels[leaf.folder] not in names)
     ]
     if not asked:
         return
-    rest = set(places).difference(asked)
+    rest = set(leaves).difference(asked)
     what = (
-        f"{_images(sum(place.folder.images for place in asked))}, such as {asked[0].folder.example!r}, beside the "
-        f"class folders {_some(sorted({labels[place.folder] for place in rest}))}"
+        f"{_images(sum(leaf.folder.images for leaf in asked))}, such as {asked[0].folder.example!r}, beside the "
+        f"class folders {_some(sorted({labels[leaf.folder] for leaf in rest}))}"
     )
-    if loose := [place.folder for place in asked if place.folder.filled() or not place.folder.parent]:
+    if loose := [leaf.folder for leaf in asked if leaf.folder.filled() or not leaf.folder.parent]:
         depth = 1 + len(loose[0].parts())
         raise PipelineError(
             f"the archive has {what}, in none of them; move them into class folders, or leave them out by "
             f"prepare.include: '{'*/' * depth}*'"
         )
-    others = {part for place in rest for part in place.folder.parts()}
-    unlike = [next((part for part in place.folder.parts() if part not in others), place.folder.name) for place in asked]
-    own = {label: label for label in (labels.get(place.folder, place.folder.name) for place in asked)}
+    others = {part for leaf in rest for part in leaf.folder.parts()}
+    unlike = [next((part for part in leaf.folder.parts() if part not in others), leaf.folder.name) for leaf in asked]
+    own = {label: label for label in (labels.get(leaf.folder, leaf.folder.name) for leaf in asked)}
     raise PipelineError(
         f"the archive has {what}: images without labels, or a class? Leave them out by prepare.classes: "
         f"{_yaml(dict.fromkeys(unlike))}, or make them a class by prepare.classes: {_yaml(own)}"
     )
 
 
-def _check_unreadable(parents: set[Folder | None]) -> None:
+def _check_unreadable(parents: Iterable[Folder | None]) -> None:
     """Stop at a folder among the class folders that holds no image that can be read."""
     for folder in [child for parent in parents if parent for child in parent.children.values()]:
         if folder.total or official(folder.name) or any(below.unused for below in folder.tree()):
@@ -508,13 +520,18 @@ def _check_alike(labels: Sequence[str], names: Names) -> None:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:
         alike[" ".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
-    for group in alike.values():
-        if len({names.get(label, label) for label in group}) > 1 and not names.keys() >= {*group}:
-            raise PipelineError(
-                f"the class folders {_some(group)} differ only in case, spaces or the form of their letters; write "
-                f"prepare.classes: {_yaml(dict.fromkeys(group[1:], group[0]))} for one class, or "
-                f"{_yaml(dict(zip(group, group, strict=True)))} for {len(group)}"
-            )
+    groups = [
+        group
+        for group in alike.values()
+        if len({names.get(label, label) for label in group}) > 1 and not names.keys() >= {*group}
+    ]
+    if groups:
+        same = {label: group[0] for group in groups for label in group[1:]}
+        raise PipelineError(
+            f"the class folders {_some(label for group in groups for label in group)} differ only in case, spaces or "
+            f"the form of their letters; write prepare.classes: {_yaml(same)} if they are the same, or "
+            f"{_yaml({label: label for group in groups for label in group})} if they are not"
+        )
 
 
 # --- idx files --------------------------------------------------------------------------------------------------------
