@@ -33,7 +33,7 @@ _PARTS = frozenset(
     "images image imgs img jpegimages pictures photos masks mask labels label annotations annotation ground_truth "
     "groundtruth gt segmentation segmentations".split()
 )
-# A folder of these alone tells of the data; a file of any other suffix may be an image that cannot be read.
+# A folder of these tells of the data; one of other suffixes, or of none, may be a class of images that cannot be read.
 _DOCUMENTS = frozenset(
     " .txt .csv .tsv .json .jsonl .xml .yaml .yml .toml .ini .cfg .md .rst .html .htm .log .py .ipynb .sh .doc .docx "
     ".xls .xlsx .names".split(" ")
@@ -368,21 +368,22 @@ def _leaves(root: Folder, named: set[str]) -> Iterator[Leaf]:
         if leaf.folder.images:
             yield leaf
         inner = leaf.folder.filled()
+        beside = {official(folder.name) for folder in inner}
         for folder in inner:
-            if _is_split(folder, inner, named):
-                waiting.append(Leaf(folder, official(folder.name), leaf.levels))
+            if (split := official(folder.name)) and _is_split(folder, beside, named):
+                waiting.append(Leaf(folder, split, leaf.levels))
             elif len(inner) == 1 and folder.filled() and not leaf.levels:
                 waiting.append(Leaf(folder, leaf.split, ()))
             else:
                 waiting.append(Leaf(folder, leaf.split, (*leaf.levels, folder)))
 
 
-def _is_split(folder: Folder, beside: Sequence[Folder], named: set[str]) -> bool:
-    """Tell whether a folder is a split, and not a class of that name: trains beside buses are vehicles."""
-    if not official(folder.name) or folder.filled():
-        return bool(official(folder.name))
-    splits = {official(other.name) for other in beside}
-    return folder.name not in named and ("" not in splits or len(splits) > 2)
+def _is_split(folder: Folder, beside: set[str], named: set[str]) -> bool:
+    """Tell whether a folder that is named as a split is one, and not a class: trains beside buses are vehicles.
+
+    beside: the splits that all folders there are named as.
+    """
+    return bool(folder.filled()) or (folder.name not in named and ("" not in beside or len(beside) > 2))
 
 
 def _find_level(inside: Sequence[Leaf], named: set[str], wanted: int) -> int:
@@ -506,7 +507,7 @@ def _check_unreadable(parents: Iterable[Folder | None]) -> None:
         if folder.total or official(folder.name) or any(below.unused for below in folder.tree()):
             continue
         files = sum((below.others for below in folder.tree()), Counter[str]())
-        if files and files.keys() <= _DOCUMENTS:
+        if files and files.keys() != {""} and files.keys() <= _DOCUMENTS:
             continue
         what = f"holds no image that can be read, but {_count(files)}" if files else "is empty"
         raise PipelineError(

@@ -236,6 +236,11 @@ QUESTIONS: dict[str, tuple[list[str], list[str], list[tuple[dict[str, Any], dict
         ["the class folder 'bird' holds no image that can be read, but 3 .cr2", "{bird: null}"],
         [({"classes": {"bird": None}}, {"cat": 2, "dog": 2})],
     ),
+    "scans without a suffix": (
+        [*files("cat", "dog"), *files("bird", suffix="")],
+        ["'bird' holds no image that can be read, but 2 without a suffix"],
+        [({"classes": {"bird": None}}, {"cat": 2, "dog": 2})],
+    ),
     "videos in one split": (
         [*files(*product("train test", "cat dog"), "train/fox"), *files("test/fox", suffix=".mp4")],
         ["'test/fox' holds no image that can be read, but 2 .mp4"],
@@ -305,7 +310,7 @@ def test_two_folders_can_be_one_class(tmp_path: Path) -> None:
 
 
 def test_a_path_of_thousands_of_folders_takes_little(tmp_path: Path) -> None:
-    deep = "a/" * 15_000
+    deep = "a/" * 5_000
     assert "prepare.class_level" in question(tmp_path, f"{deep}1.jpg", f"b/{deep}1.jpg", "c/1.jpg")
 
 
