@@ -1,7 +1,7 @@
-"""A data set as one zip that is never extracted: what is safe to read, which images it holds, and their bytes.
+"""A data set as one zip that is never extracted: what is safe to read, which files are images, and their bytes.
 
-Two layouts are understood, at any depth: class folders (the folder that holds an image is its class; a train or test
-folder above it is an official split), and the idx files of MNIST and its kin (http://yann.lecun.com/exdb/mnist/).
+An image is a file of its own, or a row of an idx file (MNIST and its kin, http://yann.lecun.com/exdb/mnist/). What the
+names of files and folders mean is for src/layout.py to say.
 """
 
 import gzip
@@ -10,18 +10,15 @@ import os
 import re
 import shutil
 import struct
-import unicodedata
 import zipfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from src.runtime import PipelineError, say
 from src.zipped import Entry, UnsupportedZip, entries, read, read_spelling, unpack, verify
@@ -32,11 +29,7 @@ IMAGE_SUFFIXES = frozenset(
         ".ppm .pgm .pbm .pnm .tga .jp2"
     ).split()
 )
-OFFICIAL = {
-    **dict.fromkeys(["train", "training"], "train"),
-    **dict.fromkeys(["val", "valid", "validation"], "validation"),
-    **dict.fromkeys(["test", "testing", "t10k"], "test"),
-}
+Kind = Literal["folder", "image", "idx", "hidden", "other"]
 
 # Photographs hardly deflate, idx files about 1:6, and bombs near deflate's bound of 1:1032.
 MAX_RATIO = 200
@@ -65,8 +58,26 @@ _IDX = re.compile(
 )
 
 
+# How the formats of IMAGE_SUFFIXES begin, for files without a suffix; TGA has no such mark.
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP  |"
+    rb".{4}ftyp(avi|hei|hev|mif|msf)|P[1-6]\s",
+    re.DOTALL,
+)
+_SUFFIX = re.compile(r"[a-z]\w{0,11}")
+
+# What systems and devices leave behind: macOS, Windows, Linux, the NAS of Synology and QNAP, Picasa, Python.
+_HIDDEN = frozenset(
+    (
+        "__macosx|icon\r|network trash folder|temporary items|thevolumesettingsfolder|$recycle.bin|lost+found|"
+        "system volume information|thumbs.db|thumbs.db:encryptable|ehthumbs.db|ehthumbs_vista.db|desktop.ini|found.000|"
+        "@eadir|@tmp|@recycle|@recently-snapshot|@__thumb|#recycle|#snapshot|picasa.ini|zbthumbnail.info|__pycache__"
+    ).split("|")
+)
+
+
 class Item(NamedTuple):
-    """One image: where it lies, its class (at first its folder), and its official split ('' where there is none).
+    """One image: where it lies, its class, and its official split ('' where there is none).
 
     entry: the file of the archive that holds it; row: its place there, where that is an idx file.
     """
@@ -84,50 +95,6 @@ class Idx:
 
     images: Entry
     labels: bytes
-    official: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What an archive holds: pairs of idx files, files that are no images, folders without files, and its images.
-
-    include: the pattern of those that are listed, of `total`; counts: how many, by their label. Iterated over, it tells
-    them in the archive's own order, anew each time: they are never held.
-    """
-
-    path: Path
-    include: str
-    idx: list[Idx]
-    others: list[str]
-    empty: list[str]
-    counts: Mapping[str, int]
-    total: int
-
-    def __iter__(self) -> Iterator[Item]:
-        for pair in self.idx:
-            yield from (item for item in _idx_items(pair) if _matches(item.path, self.include))
-        for entry in _visible(self.path):
-            if _kind(entry.name) == "image":
-                item = _folder_item(entry)
-                if _matches(item.path, self.include):
-                    yield item
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The images of a listing that are used: their number, and what their folders are called (None: left out)."""
-
-    listing: Listing
-    labels: Mapping[str, str | None]
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Item]:
-        for item in self.listing:
-            if (label := self.labels[item.label]) is not None:
-                yield item if label == item.label else item._replace(label=label)
 
 
 def check(path: Path) -> None:
@@ -151,62 +118,20 @@ def check(path: Path) -> None:
     _report_guesses(path)
 
 
-def list_items(path: Path, include: str = "*") -> Listing:
-    """List what an archive holds, of its images those whose path matches `include`.
+def contents(path: Path) -> Iterator[tuple[Kind, Entry]]:
+    """Yield each entry of an archive, in its own order, with what it is by its name.
 
-    One outside any folder has label ''. Raises PipelineError where idx files do not fit together.
+    A file without a suffix is an image only if its first bytes say so.
     """
-    found: dict[str, list[Entry]] = {"folder": [], "idx": [], "other": []}
-    filled = set()
-    counts: Counter[str] = Counter()
-    total = 0
-    for entry in _visible(path):
-        above = entry.name.rstrip("/").rpartition("/")[0]
-        while above and above not in filled:
-            filled.add(above)
-            above = above.rpartition("/")[0]
-        if (kind := _kind(entry.name)) == "image":
-            item = _folder_item(entry)
-            total += 1
-            counts[item.label] += _matches(item.path, include)
-        else:
-            found[kind].append(entry)
-    folders, others = ([entry.name for entry in found[kind]] for kind in ("folder", "other"))
-    empty = [name for name in folders if name.rstrip("/") not in filled]
-    pairs = _pair(path, found["idx"])
-    for pair in pairs:
-        total += len(pair.labels)
-        counts.update(item.label for item in _idx_items(pair) if _matches(item.path, include))
-    return Listing(path, include, pairs, others, empty, +counts, total)
+    for entry in _entries(path):
+        yield _kind(entry.name) or ("image" if _begins_as_image(path, entry) else "other"), entry
 
 
-def select(listing: Listing, *, classes: Mapping[str, str | None]) -> Selection:
-    """Rename the folders of the listed images to classes, or leave them out.
-
-    Raises PipelineError where nothing is kept, a named folder does not exist, or a kept one is empty.
-    """
-    classes = {unicodedata.normalize("NFC", folder): name for folder, name in classes.items()}
-    folders = sorted(listing.counts)
-    if not folders:
-        raise PipelineError(
-            f"no image of the archive matches prepare.include {listing.include!r}, of {listing.total:,}"
-        )
-    empty = [name for name in listing.empty if _matches(name, listing.include)]
-    names = {name: name.rstrip("/").rpartition("/")[2] for name in empty}
-    if unknown := sorted(classes.keys() - set(folders) - set(names.values())):
-        raise PipelineError(f"prepare.classes names the folder {unknown[0]!r}; the archive has {_some(folders)}")
-    if kept := [name for name in empty if classes.get(names[name], name) is not None]:
-        raise PipelineError(
-            f"the class folder {kept[0]!r} is empty; put images into it, delete it, or leave it out with "
-            f"prepare.classes: {{{names[kept[0]]}: null}}"
-        )
-    labels = {folder: classes.get(folder, folder) for folder in folders}
-    kept_labels = {label for label in labels.values() if label}
-    if len(kept_labels) < 2:
-        raise PipelineError(
-            f"the archive has {len(kept_labels)} class ({_some(folders)}), expected at least 2 to tell apart"
-        )
-    return Selection(listing, labels, sum(listing.counts[folder] for folder in folders if labels[folder] is not None))
+def is_hidden(name: str) -> bool:
+    """Whether a path names, or lies in, something that a system or device left behind."""
+    parts = name.lower().split("/")
+    begins_with_dot = "/." in f"/{name}" and any(part.startswith(".") and part.strip(".") for part in parts)
+    return begins_with_dot or not _HIDDEN.isdisjoint(parts) or name.endswith(":Zone.Identifier")
 
 
 class Reader:
@@ -360,59 +285,33 @@ def _check_entry(path: Path, entry: Entry, length: int) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _hidden(name: str) -> bool:
-    parts = f"/{name}/"
-    return "/." in parts or "/__MACOSX/" in parts or "/Icon\r/" in parts
-
-
-def _kind(name: str) -> str:
-    """Tell a folder, an image, an idx file and any other file by their names."""
+def _kind(name: str) -> Kind | None:
+    """Tell what an entry is by its name; None where a file has no suffix."""
+    if is_hidden(name):
+        return "hidden"
     if name.endswith("/"):
         return "folder"
-    folder, _, file = name.rpartition("/")
-    stem, _, suffix = file.rpartition(".")
-    if stem and f".{suffix.lower()}" in IMAGE_SUFFIXES:
+    stem, _, suffix = name.rpartition("/")[2].lower().rpartition(".")
+    if stem and f".{suffix}" in IMAGE_SUFFIXES:
         return "image"
     if _IDX.match(name):
         return "idx"
-    return "other" if not folder or (stem and suffix) else "image"
+    return "other" if stem and _SUFFIX.fullmatch(suffix) else None
 
 
-def _matches(path: str, include: str) -> bool:
-    return include == "*" or fnmatchcase(path, include)
+def _begins_as_image(path: Path, entry: Entry) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _MAGIC.match(unpack(file, entry).read(16)) is not None
+    except _DAMAGE:
+        return False
 
 
-def _idx_items(pair: Idx) -> Iterator[Item]:
-    name = pair.images.name
-    return (Item(f"{name}#{row}", str(label), pair.official, pair.images, row) for row, label in enumerate(pair.labels))
+def pair_idx(path: Path, files: list[Entry]) -> list[Idx]:
+    """Pair each images file with its labels file; a copy of the same file (the same CRC) counts once.
 
-
-def _folder_item(entry: Entry) -> Item:
-    path = entry.name.replace("\r", "\\r")  # pandas writes a lone \r as it is, and takes it for a row's end on reading
-    label, official = _read_folders(path.rpartition("/")[0])
-    return Item(path, label, official, entry)
-
-
-@lru_cache(1024)
-def _read_folders(folders: str) -> tuple[str, str]:
-    """Give the class that the folders above a file name, and the official split."""
-    *above, label = folders.split("/")
-    official = next((found for part in reversed(above) if (found := _official(part))), "")
-    return unicodedata.normalize("NFC", label), official
-
-
-def _official(folder: str) -> str:
-    """Seen on Kaggle: train, Training, test_set, seg_train, val."""
-    words = re.split(r"[-_. ]", folder.lower())
-    return next((OFFICIAL[word] for word in words if word in OFFICIAL), "")
-
-
-def _pair(path: Path, files: list[Entry]) -> list[Idx]:
-    """Pair each images file with its labels file; a copy of the same file (the same CRC) counts once."""
+    Raises PipelineError where the two do not fit together.
+    """
     pairs: dict[tuple[int, int], Idx] = {}
     labels = {_idx_key(entry.name): entry for entry in files if "labels" in PurePosixPath(entry.name).name.lower()}
     for images in files:
@@ -426,8 +325,7 @@ def _pair(path: Path, files: list[Entry]) -> list[Idx]:
             classes = _read_labels(stream, named.name, expected)
         if not count == expected == len(classes):
             raise PipelineError(f"{images.name} has {count:,} images and its labels file {len(classes):,} labels")
-        official = _official(PurePosixPath(images.name).name)
-        pairs[images.crc, images.size] = Idx(images, classes, official)
+        pairs[images.crc, images.size] = Idx(images, classes)
     return list(pairs.values())
 
 
@@ -452,11 +350,6 @@ def _idx_key(name: str) -> str:
 def _unpacked(file: IO[bytes], entry: Entry) -> IO[bytes]:
     stream = unpack(file, entry)
     return gzip.GzipFile(fileobj=stream) if entry.name.lower().endswith(".gz") else stream  # type: ignore[return-value]
-
-
-def _visible(path: Path) -> Iterator[Entry]:
-    """Yield the entries that no system hides."""
-    return (entry for entry in _entries(path) if not _hidden(entry.name))
 
 
 def _idx_header(stream: IO[bytes], entry: Entry, dimensions: int) -> tuple[int, ...]:

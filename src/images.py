@@ -13,7 +13,7 @@ import signal
 import struct
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +29,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from src.archive import Item, Reader, Selection
+from src.archive import Item, Reader
 from src.runtime import PipelineError
 
 Pixels = NDArray[np.uint8]
@@ -65,6 +65,12 @@ _ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 _FULL_RANGE = 14
 """Bits: 16-bit images of which none uses more are of another range; at 14, 64 of 256 levels would be left."""
 
+_PHOTOGRAPH = 128
+"""A side, in pixels, at which a photograph can be recognised by a network of ours."""
+
+_LOOK = 4
+"""Of so many images one is looked at for colour, which takes 14 us, a twentieth of what a small photograph takes."""
+
 _CHUNK, _CHUNK_BYTES = 128, 2**21
 """What a process works on at once, at most: images, and their pixels."""
 
@@ -72,7 +78,8 @@ _CHUNK, _CHUNK_BYTES = 128, 2**21
 class Prepared(NamedTuple):
     """One image of the archive: the hashes of its bytes and of its picture, or the reason why it cannot be used.
 
-    bits: as in Decoded.
+    width, height: of the original, in pixels; bits: as in Decoded; colour: whether it is more than shades of gray, None
+    where nobody looked.
     """
 
     item: Item
@@ -80,12 +87,19 @@ class Prepared(NamedTuple):
     picture: str = ""
     reason: str = ""
     bits: int = 0
+    width: int = 0
+    height: int = 0
+    colour: bool | None = None
 
 
 class Decoded(NamedTuple):
-    """An image's pixels, and how many bits its values need where it is stored in 16 bits, or else 0."""
+    """An image's pixels, the image as it was decoded, and how many bits its values need if it stores 16, or else 0.
+
+    Nothing but its scale, where it is a JPEG, was changed in `image`.
+    """
 
     pixels: Pixels
+    image: Image.Image
     bits: int
 
 
@@ -93,7 +107,7 @@ class SizeError(ValueError):
     """An image of more pixels than are allowed."""
 
 
-Outcome = tuple[str, str, str, int]
+Outcome = tuple[str, str, str, int, int, int, bool | None]
 """What a process sends back of an image: all that is Prepared but the item, which is there already."""
 
 
@@ -113,7 +127,8 @@ def examine(data: bytes, *, size: int, channels: int, max_pixels: int = MAX_PIXE
             image, turn, extent, bits = _open(data, size, max_pixels)
             upright = _convert(image if turn is None else image.transpose(turn), channels)
             extent = extent if upright.size == image.size else extent[::-1]
-            return Decoded(np.asarray(_square(upright, size, extent)).reshape(size, size, channels), bits)
+            pixels = np.asarray(_square(upright, size, extent)).reshape(size, size, channels)
+            return Decoded(pixels, image, bits)
     except UnidentifiedImageError:
         raise ValueError("no image in a known format") from None
     except SizeError:
@@ -157,9 +172,17 @@ def decoders(workers: int | None = None) -> Iterator[Executor]:
 
 
 def prepare(
-    pool: Executor, archive: Path, items: Selection, images: Path, index: Path, *, size: int, channels: int
+    pool: Executor,
+    archive: Path,
+    items: Iterable[Item],
+    images: Path,
+    index: Path,
+    *,
+    count: int,
+    size: int,
+    channels: int,
 ) -> Iterator[Prepared]:
-    """Decode the items of an archive in the processes of `decoders`, and yield what became of each, in their order.
+    """Decode `count` items of an archive in the processes of `decoders`, and yield what became of each, in their order.
 
     Writes images, .npy, uint8 (N, size, size, channels), and index, .csv with a row for each of the N images: path,
     label, official, sha256, picture. They are whole when all is yielded, and the same bytes for any number of workers.
@@ -172,9 +195,9 @@ def prepare(
     failed: dict[str, Prepared] = {}
     deepest: Prepared | None = None
     with images.open("w+b") as table, index.open("w", newline="", encoding="utf-8") as rows:
-        _write_header(table, (len(items), size, size, channels))
+        _write_header(table, (count, size, size, channels))
         begin = table.tell()
-        table.truncate(begin + len(items) * row)
+        table.truncate(begin + count * row)
         writer = csv.writer(rows, lineterminator="\n")
         writer.writerow(["path", "label", "official", "sha256", "picture"])
         work = partial(_prepare_chunk, archive, images, begin, size, channels)
@@ -188,9 +211,9 @@ def prepare(
                     deepest = image
                 writer.writerow([image.item.path, image.item.label, image.item.official, image.sha256, image.picture])
             yield image
-        _close_gaps(table, begin, row, broken, len(items))
-        _write_header(table, (len(items) - len(broken), size, size, channels))
-    if lost := sorted(failed.keys() - sound - {""}):
+        _close_gaps(table, begin, row, broken, count)
+        _write_header(table, (count - len(broken), size, size, channels))
+    if lost := sorted(failed.keys() - sound):
         raise PipelineError(f"no image of class {lost[0]!r} can be read, the first is {_tell(failed[lost[0]])}")
     if deepest and deepest.bits <= _FULL_RANGE:
         raise PipelineError(
@@ -220,6 +243,61 @@ def _in_order(
 
 def _gather(items: list[Item], work: Future[list[Outcome]]) -> Iterator[Prepared]:
     return (Prepared(item, *outcome) for item, outcome in zip(items, work.result(), strict=True))
+
+
+class Originals:
+    """What the images of an archive are before they are prepared: their sizes, and how many of them are in colour."""
+
+    def __init__(self) -> None:
+        self._count = self._looked = self._colour = 0
+        self._widths, self._heights = Counter[int](), Counter[int]()
+        self._smallest = self._largest = (0, 0)
+
+    def watch(self, prepared: Iterable[Prepared]) -> Iterator[Prepared]:
+        """Pass images on, and count the sound ones."""
+        for image in prepared:
+            if not image.reason:
+                self._add(image.width, image.height, image.colour)
+            yield image
+
+    def _add(self, width: int, height: int, colour: bool | None) -> None:
+        size = width, height
+        self._smallest = min(self._smallest, size, key=math.prod) if self._count else size
+        self._largest = max(self._largest, size, key=math.prod)
+        self._widths[width] += 1
+        self._heights[height] += 1
+        self._count += 1
+        self._looked += colour is not None
+        self._colour += colour is True
+
+    def __str__(self) -> str:
+        sizes = {
+            "median": (_median(self._widths), _median(self._heights)),
+            "smallest": self._smallest,
+            "largest": self._largest,
+        }
+        told = ", ".join(f"{name} {width:,} x {height:,}" for name, (width, height) in sizes.items())
+        return f"originals: {self._colour / max(1, self._looked):.0%} in colour; {told} px"
+
+    def advice(self, *, size: int, channels: int) -> str:
+        """Say that photographs are prepared as if they were digits, and with which params they are not; or ''."""
+        short = min(_median(self._widths), _median(self._heights))
+        gray, small = channels == 1 and self._colour > self._looked / 2, short > 4 * size and size < _PHOTOGRAPH
+        found = " and ".join(["in colour"] * gray + [f"{short:,} px wide or high"] * small)
+        change = " ".join(["-S prepare.channels=3"] * gray + [f"-S prepare.image_size={_PHOTOGRAPH}"] * small)
+        return found and (
+            f"most images are {found}, but prepare.channels is {channels} and prepare.image_size is {size}, as for "
+            f"digits; for photographs use {change}"
+        )
+
+
+def _median(sides: Counter[int]) -> int:
+    left = sides.total() / 2
+    for side in sorted(sides):
+        left -= sides[side]
+        if left <= 0:
+            return side
+    return 0
 
 
 def check_rejected(rejected: Sequence[Prepared], count: int, max_rejected: float) -> None:
@@ -456,6 +534,24 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def _original_size(data: bytes, image: Image.Image) -> tuple[int, int]:
+    """Give the width and height of a decoded image as the file has them: a JPEG may be decoded at a smaller scale."""
+    if not data.startswith(b"\xff\xd8"):
+        return image.size
+    with suppress(ValueError, IndexError, struct.error):
+        return _scan_jpeg(data)[:2]
+    return Image.open(io.BytesIO(data)).size
+
+
+def _is_colour(image: Image.Image) -> bool:
+    """Tell whether the channels of an image differ, by more than a JPEG's noise, in 1 % of 256 pixels across it."""
+    if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
+        return False
+    some = np.asarray(image.resize((16, 16), Image.Resampling.NEAREST).convert("RGB"), np.int16)
+    red, green, blue = some.reshape(256, 3).T
+    return int(np.count_nonzero(np.maximum(np.abs(red - green), np.abs(green - blue)) > 16)) > 0.01 * 256
+
+
 def _square(image: Image.Image, size: int, extent: Extent) -> Image.Image:
     """Resize the short side to `size` and crop the centre, in one pass over the pixels that are kept.
 
@@ -539,28 +635,26 @@ def _prepare_chunk(
 ) -> list[Outcome]:
     """Decode some images into their rows of the table, from row `first` on."""
     pixels = np.zeros((len(items), size, size, channels), np.uint8)
-    found = [_prepare_item(_reader(archive), item, image) for item, image in zip(items, pixels, strict=True)]
+    reader = _reader(archive)
+    found = [_prepare_item(reader, item, pixels[row], (first + row) % _LOOK == 0) for row, item in enumerate(items)]
     table = _table(images)
     table.seek(begin + first * pixels[0].nbytes)
     table.write(pixels.data)
     table.flush()
-    hashes = picture_hashes(pixels)
-    return [
-        ("", "", why, 0) if why else (digest, hashes[number], "", bits)
-        for number, (digest, why, bits) in enumerate(found)
-    ]
+    pairs = zip(found, picture_hashes(pixels), strict=True)
+    return [(image if image.reason else image._replace(picture=picture))[1:] for image, picture in pairs]
 
 
-def _prepare_item(reader: Reader, item: Item, pixels: Pixels) -> tuple[str, str, int]:
-    """Decode one image, and give the hash of its bytes, or the reason why it cannot be used, and its bits."""
+def _prepare_item(reader: Reader, item: Item, pixels: Pixels, look: bool) -> Prepared:
+    """Decode one image, and give the hash of its bytes, or the reason why it cannot be used."""
     try:
-        if not item.label:
-            raise ValueError("lies in no class folder")
         data = reader.read(item)
-        pixels[...], bits = examine(data, size=len(pixels), channels=pixels.shape[2])
+        decoded = examine(data, size=len(pixels), channels=pixels.shape[2])
     except ValueError as error:
-        return "", str(error), 0
-    return hashlib.sha256(data).hexdigest(), "", bits
+        return Prepared(item, reason=str(error))
+    pixels[...] = decoded.pixels
+    size, colour = _original_size(data, decoded.image), _is_colour(decoded.image) if look else None
+    return Prepared(item, hashlib.sha256(data).hexdigest(), "", "", decoded.bits, *size, colour)
 
 
 def cores() -> int:

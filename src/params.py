@@ -72,9 +72,14 @@ class Prepare(Section):
     channels: Literal[1, 3]
     """1: gray; 3: RGB."""
     include: Text
-    """Which files of the archive to use, as a shell pattern on the path inside it; '*' uses all."""
+    """Which files of the archive to use, as a shell pattern on the path inside it, without regard to case; '*' uses
+    all."""
     classes: dict[str, Text | None]
-    """Class folder: name of the class; null leaves the folder out; folders not named here keep their name."""
+    """Class folder: name of the class; null leaves the folder, and all below it, out; folders not named here keep their
+    name."""
+    class_level: CountOrOff
+    """Where folders lie in folders, which are the classes: 1 the first below those that hold everything and those of
+    train and test, 2 the next, and so on. 0 finds it where only one reading is possible, and else stops."""
     max_rejected: Share
     """Largest share of files that may be broken before the stage fails."""
 

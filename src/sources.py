@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from src import archive, paths, yaml12
 from src.params import Download
-from src.runtime import RESUME, PipelineError, alone, home, mirror, say, whole
+from src.runtime import RESUME, PipelineError, alone, counted, home, mirror, say, whole
 
 TIMEOUT = (20, 60)  # seconds: to connect, and between two bytes
 BUSY = frozenset([429, 500, 502, 503, 504])
@@ -319,6 +319,8 @@ def _folder(params: Download, target: Path) -> dict[str, object]:
 
         # disable=None: no bar where stderr is no terminal.
         archive.write(target, ((name, path or b"") for name, path in tqdm(inner, "pack", unit="file", disable=None)))
+        if hidden := [name for name in before if archive.is_hidden(os.path.relpath(name, place))]:
+            print(f"left out: {counted(len(hidden), 'hidden file')} of systems and devices, such as {hidden[0]}")
     _check_images(target, packed[0] if packed else place)
     if _signature(place) != before:  # DVC would take the hash of what lies there now (see src/provenance.py)
         raise PipelineError(f"{place} changed during the run; nothing was recorded; run the same command again")
@@ -376,14 +378,17 @@ def _restore(place: Path) -> None:
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return [entry for entry in os.scandir(folder) if not archive.is_hidden(entry.name)]
 
 
 def _check_images(raw: Path, place: Path) -> None:
-    listing = archive.list_items(raw)
-    if any(listing):
-        return
-    if inner := next((name for name in listing.others if name.lower().endswith(_ARCHIVES)), None):
+    inner = ""
+    for kind, entry in archive.contents(raw):
+        if kind in ("image", "idx"):
+            return
+        if kind == "other" and entry.name.lower().endswith(_ARCHIVES):
+            inner = inner or entry.name
+    if inner:
         raise PipelineError(
             f"{place} holds no images but another archive, {inner!r}; take it out and use download.source: folder with "
             "download.path set to it"
@@ -424,7 +429,7 @@ def _tar_files(path: Path) -> Iterator[tuple[str, IO[bytes] | bytes]]:
             size += member.size
             if size > most:
                 raise PipelineError(f"it would unpack to more than {archive.MAX_RATIO} times its length: a bomb?")
-            _check_name(name)
+            name = _as_utf8(name)
             if member.isdir():
                 if name != ".":
                     yield f"{name}/", b""
@@ -470,28 +475,21 @@ def _place(path: str) -> Path:
 
 
 def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str, Path | None]]:
-    """Each file below `folder` with its name in the archive; an empty folder has a name that ends with '/', no file."""
+    """Each file below `folder` with its name in the archive; an empty folder has a name that ends with '/', no file.
+
+    What systems and devices leave behind is left out.
+    """
     real = folder.resolve()
     if real in above:
         raise PipelineError(f"{folder} is a link to a folder above it, so that it holds itself; remove the link")
+    if len(above) >= archive.MAX_DEPTH:
+        raise PipelineError(f"{folder} lies more than {archive.MAX_DEPTH} folders deep; {_WANTED}")
     entries = _visible(folder)
     if name and not entries:
         yield f"{name}/", None
     for entry in entries:
-        try:
-            own = os.fsencode(entry.name).decode()  # by the bytes: the locale may be another one
-        except UnicodeDecodeError:
-            found = os.fsencode(entry.path)
-            raise PipelineError(f"the name {found!r} is not valid UTF-8; rename it (convmv does it in bulk)") from None
+        own = _as_utf8(entry.name)
         inner = f"{name}/{own}" if name else own
-    if len(above) >= archive.MAX_DEPTH:
-        raise PipelineError(f"{folder} lies more than {archive.MAX_DEPTH} folders deep; {_WANTED}")
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    if name and not entries:
-        yield f"{name}/", None
-    for entry in entries:
-        inner = f"{name}/{entry.name}" if name else entry.name
-        _check_name(entry.path)
         if entry.is_dir():
             if entry.is_symlink():
                 # Measured: DVC's hash of a folder leaves out what lies behind a link to a folder.
@@ -504,9 +502,10 @@ def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[st
             raise PipelineError(f"{entry.path} is neither a file nor a folder (a broken link?); remove it")
 
 
-def _check_name(path: str) -> None:
+def _as_utf8(name: str) -> str:
+    """Read a name by its bytes, which Python keeps where the locale is another one."""
+    found = name.encode("utf-8", "surrogateescape")
     try:
-        path.encode()
-    except UnicodeEncodeError:
-        found = os.fsencode(path)
+        return found.decode()
+    except UnicodeDecodeError:
         raise PipelineError(f"the name {found!r} is not valid UTF-8; rename it (convmv does it in bulk)") from None

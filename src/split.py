@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from src.params import Split
-from src.runtime import PipelineError
+from src.runtime import PipelineError, say
 
 TRAIN, VALIDATION, TEST, LEFT_OUT = "train", "validation", "test", "left_out"
 
@@ -50,6 +50,7 @@ def assign(index: pd.DataFrame, images: NDArray[np.uint8], params: Split) -> pd.
     if params.official:
         table["split"] = _official(index, table["group"], draw, doubtful, params.validation)
     else:
+        _tell_official(index["official"])
         lowest = draw.groupby(table["group"]).transform("min")
         table["split"] = _place(lowest, test=params.test, validation=params.validation).mask(doubtful, LEFT_OUT)
         _fill(table, lowest, {TEST: 0.0, VALIDATION: params.test, TRAIN: 1.0})
@@ -243,6 +244,15 @@ def _official(
         _fill(table, lowest, {VALIDATION: 0.0, TRAIN: 1.0})
         split[trains] = table["split"]
     return split
+
+
+def _tell_official(split: "pd.Series[str]") -> None:
+    """Tell that the archive's own split is not used, since its test images then are not those of others' results."""
+    there = [name for name in (TRAIN, VALIDATION, TEST) if (split == name).any()]
+    if len(there) > 1:
+        counts = " and ".join(f"{int((split == name).sum()):,} {name}" for name in there)
+        keep = "; split.official: true keeps it" if {TRAIN, TEST} <= {*there} else ""
+        say(f"the archive has a split of its own ({counts} images), which is pooled and divided anew{keep}")
 
 
 def _fill(table: pd.DataFrame, draw: "pd.Series[float]", wanted: dict[str, float]) -> None:

@@ -5,31 +5,33 @@ import csv
 from tqdm import tqdm
 
 from src import images, paths
-from src.archive import list_items, select
+from src.layout import describe, read_layout
 from src.params import load_params
-from src.runtime import counted, run, whole
+from src.runtime import counted, run, say, whole
 
 
 def main() -> None:
     params = load_params().prepare
     with images.decoders() as pool:
-        listing = list_items(paths.RAW, params.include)
-        items = select(listing, classes=params.classes)
-        if others := listing.others:
-            print(f"left aside, since no images by their names: {counted(len(others), 'file')}, such as {others[0]!r}")
+        layout = read_layout(paths.RAW, params.include, params.classes, params.class_level)
+        print(describe(layout), flush=True)  # before the decoding, which takes time
+        count, originals = len(layout), images.Originals()
         with whole(paths.IMAGES, paths.INDEX, paths.REJECTED) as (table, index, rejected_list):
             prepared = images.prepare(
-                pool, paths.RAW, items, table, index, size=params.image_size, channels=params.channels
+                pool, paths.RAW, layout, table, index, count=count, size=params.image_size, channels=params.channels
             )
-            bar = tqdm(prepared, "prepare", len(items), unit=" images", disable=None)
+            bar = tqdm(originals.watch(prepared), "prepare", count, unit=" images", disable=None)
             rejected = [image for image in bar if image.reason]
-            images.check_rejected(rejected, len(items), params.max_rejected)
+            images.check_rejected(rejected, count, params.max_rejected)
             with rejected_list.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["path", "reason"])
                 writer.writerows([image.item.path, image.reason] for image in rejected)
-    count = counted(len(items) - len(rejected), "image")
-    print(f"prepared {count} of {params.image_size} px, rejected {len(rejected):,}")
+    print(originals)
+    prepared_images = counted(count - len(rejected), "image")
+    print(f"prepared {prepared_images} of {params.image_size} px, rejected {len(rejected):,}")
+    if advice := originals.advice(size=params.image_size, channels=params.channels):
+        say(advice)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,24 @@ from src import yaml12
 ROOT = Path(__file__).parent.parent
 
 ORDER = (
-    "paths yaml12 provenance runtime params zipped archive sources images intervals split batches backbones networks "
-    "optimizers schedules environment checkpoints training evaluation export figures"
+    "paths yaml12 provenance runtime params zipped archive sources layout images intervals split batches backbones "
+    "networks optimizers schedules environment checkpoints training evaluation export figures"
 ).split()
 WITHOUT_TORCH = {
-    *("paths", "yaml12", "provenance", "runtime", "params", "zipped", "archive", "sources", "images", "intervals"),
-    "split",
+    *("paths", "yaml12", "provenance", "runtime", "params", "zipped", "archive", "sources", "layout", "images"),
+    *("intervals", "split"),
     *("schedules", "checkpoints", "figures"),
 }
 # Beyond the order: an evaluation that could train, or a decoder that needed a network, would be tangled, not wrong.
 NEVER = {
-    "backbones": {"archive", "sources", "images", "split", "batches"},
+    "backbones": {"archive", "sources", "layout", "images", "split", "batches"},
     "networks": {"batches"},
     "checkpoints": {"batches", "networks"},
     "evaluation": {"schedules", "checkpoints", "training", "figures"},
     "training": {"evaluation", "figures"},
-    "split": {"archive", "sources", "images"},
-    "batches": {"archive", "sources", "images", "split"},
+    "sources": {"layout"},
+    "split": {"archive", "sources", "layout", "images"},
+    "batches": {"archive", "sources", "layout", "images", "split"},
 }
 LONGEST_STAGE = 60
 

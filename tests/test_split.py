@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from src import archive, images
+from src.layout import read_layout
 from src.params import Split
 from src.runtime import PipelineError
 from src.split import assign, cautions, draws, find_groups, summarize
@@ -246,7 +247,7 @@ def test_the_test_digits_of_mnist_are_different_pictures() -> None:
 def test_the_one_pair_of_real_duplicates_among_a_thousand_photographs_is_found() -> None:
     """Kaggle's Dogs vs. Cats has such pairs; the two files differ in their bytes."""
     path = shared("dogs-vs-cats-1000.zip")
-    chosen = [item for item in archive.list_items(path) if "Dog/dog.1" in item.path or "dog.74." in item.path]
+    chosen = [item for item in read_layout(path) if "Dog/dog.1" in item.path or "dog.74." in item.path]
     with archive.Reader(path) as reader:
         encoded = [reader.read(item) for item in chosen]
     index, table = index_of(encoded)
@@ -414,6 +415,25 @@ def test_an_official_split_without_its_folders_is_told(there: tuple[str, ...], m
     said = complaint(made_up(60, 2, there), official=True)
     assert f"the archive has no {missing} images of its own" in said
     assert said.endswith("set split.official: false")
+
+
+@pytest.mark.parametrize(
+    ("there", "official", "said"),
+    [
+        (("train", "train", "test"), False, "(40 train and 20 test images), which is pooled and divided anew; split."),
+        (("train", "validation"), False, "(30 train and 30 validation images), which is pooled and divided anew\n"),
+        (("train", "validation", "test"), True, ""),
+        (("train",), False, ""),
+        (("",), False, ""),
+    ],
+)
+def test_an_official_split_that_is_not_kept_is_told(
+    capsys: pytest.CaptureFixture[str], there: tuple[str, ...], official: bool, said: str
+) -> None:
+    assign(made_up(60, 2, there), BLANK, params(official=official))
+    assert said in (told := capsys.readouterr().err)
+    assert bool(told) == bool(said)
+    assert ("split.official: true keeps it" in told) == ("test" in said)
 
 
 # --- the stage
