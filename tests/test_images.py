@@ -787,10 +787,10 @@ def test_no_worker_outlives_a_stage_that_was_killed(long_work: Path, tmp_path: P
 
 
 MEASURE = """
-import atexit, re, resource
+import atexit, pathlib, re, resource
 def tell():
-    own = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-    open("memory.txt", "w").write(f"{own} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}")
+    own = int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+    pathlib.Path("memory.txt").write_text(f"{own} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}")
 atexit.register(tell)
 """
 
