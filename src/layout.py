@@ -179,9 +179,9 @@ def _lines(left_out: Mapping[str, Tally]) -> list[str]:
 class Folder:
     """A folder, with counts of what lies directly in it.
 
-    images: those that are used; unused: those that prepare.include does not match, copies, and idx files; others: files that are
-    no images, by suffix; content: the same for the same images in any order; total: images, with those of all folders
-    below.
+    images: those that are used; unused: those that prepare.include does not match, copies, and idx files; others: files
+    that are no images, by suffix; content: the same for the same images in any order; total: images, with those of all
+    folders below.
     """
 
     name: str
