@@ -109,9 +109,10 @@ def read_layout(path: Path, include: str = "*", classes: Names | None = None, cl
     names = {unicodedata.normalize("NFC", folder): name for folder, name in (classes or {}).items()}
     matches = _matcher(include)
     tree = _scan(path, matches)
-    pairs = [(pair, official(PurePosixPath(pair.images.name).name)) for pair in pair_idx(path, tree.idx)]
-    if len(tree.idx) > 2 * len(pairs):
-        tree.left_out[_UNPAIRED].add(tree.idx[-1].name, len(tree.idx) - 2 * len(pairs))
+    every = [(pair, official(PurePosixPath(pair.images.name).name)) for pair in pair_idx(path, tree.idx)]
+    if len(tree.idx) > 2 * len(every):
+        tree.left_out[_UNPAIRED].add(tree.idx[-1].name, len(tree.idx) - 2 * len(every))
+    pairs = [pair for pair in every if next(_idx_items([pair], {}, matches), None)]
     assigned: dict[Folder, tuple[str, str]] = {}
     groups: Iterable[tuple[tuple[str, str], int, str]]
     if pairs:
@@ -127,8 +128,8 @@ def read_layout(path: Path, include: str = "*", classes: Names | None = None, cl
     for (label, split), count, example in groups:
         counts[label, split] += count
         examples.setdefault(label, example)
-    if pairs and (rest := sum(len(pair.labels) for pair, _ in pairs) - counts.total()):
-        tree.left_out[f"{_UNMATCHED}, or {_MAPPED}"].add(pairs[0][0].images.name, rest)
+    if rest := sum(len(pair.labels) for pair, _ in every) - (counts.total() if pairs else 0):
+        tree.left_out[f"{_UNMATCHED}, or {_MAPPED}"].add(every[0][0].images.name, rest)
     if not counts:
         raise PipelineError(f"no image of the archive is left: {'; '.join(_lines(tree.left_out)) or 'it is empty'}")
     if len(examples) < 2:
@@ -178,9 +179,9 @@ def _lines(left_out: Mapping[str, Tally]) -> list[str]:
 class Folder:
     """A folder, with counts of what lies directly in it.
 
-    images: those that are used; unused: those that prepare.include does not match, and copies; others: files that are
-    no images, by suffix; content: the same for the same images in any order; total: images, with those of all folders
-    below.
+    images: those that are used; unused: those that prepare.include does not match, copies, and idx files; others: files
+    that are no images, by suffix; content: the same for the same images in any order; total: images, with those of all
+    folders below.
     """
 
     name: str
@@ -238,6 +239,7 @@ def _scan(path: Path, matches: Matches) -> _Tree:
             folder = tree.folders[where] = _descend(root, where)
         if kind == "idx":
             tree.idx.append(entry)
+            folder.unused += 1
         elif kind == "other":
             suffix = PurePosixPath(file).suffix.lower()
             folder.others[suffix] += 1

@@ -392,6 +392,7 @@ def test_idx_files_beside_other_images_are_a_question(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"choose by prepare.include: '\*ubyte\*' or '\*.jpg'"):
         read_layout(path)
     assert len(read_layout(path, include="*ubyte*").examples) > 4
+    assert classes(read_layout(path, include="*.jpg")) == {"cat": 1, "dog": 1}
 
 
 def test_the_digits_of_idx_files_are_chosen_as_folders_are(tmp_path: Path) -> None:
