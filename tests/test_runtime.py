@@ -140,6 +140,7 @@ def script(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> object:
     """Run a script as `python -m` does, but in this process, and give its exit code."""
     monkeypatch.setattr(sys, "argv", [module, *words])
     monkeypatch.chdir(ROOT)
+    monkeypatch.delitem(sys.modules, module, raising=False)  # another test may have imported it
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     return stop.value.code
