@@ -44,8 +44,8 @@ def main() -> None:
     low, high = overall["accuracy_low"], overall["accuracy_high"]
     if sure is None:
         say(
-            f"the {len(codes['validation']):,} validation images show no confidence from which {100 * params.sure:g} % of "
-            "the answers are right, so no answer is called sure"
+            f"the {len(codes['validation']):,} validation images show no confidence from which {100 * params.sure:g} % "
+            "of the answers are right, so no answer is called sure"
         )
     report_few("test", len(places), overall["accuracy"])
     print(f"test accuracy {overall['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}), {len(places):,} images")
