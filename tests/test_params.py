@@ -414,7 +414,7 @@ def test_a_stage_tells_it_in_one_line(tmp_path: Path, stage: str) -> None:
 
 
 def test_a_stage_tells_many_lines_of_a_yaml_error_in_one(tmp_path: Path) -> None:
-    write = "open('params.yaml', 'w').write('train: [')"
+    write = "import pathlib; pathlib.Path('params.yaml').write_text('train: [')"
     assert_fails(tmp_path, "split", "params.yaml is not valid YAML", before=write)
 
 
