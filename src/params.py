@@ -242,7 +242,7 @@ class Train(Section):
     def _schedule_fits(self) -> "Train":
         if self.decay and self.schedule != "wsd":
             raise ValueError(f"decay is {self.decay}, but schedule {self.schedule} has none; set 0, or schedule: wsd")
-        if self.warmup + self.decay > self.epochs:
+        if self.schedule == "wsd" and self.warmup + self.decay > self.epochs:
             raise ValueError(
                 f"warmup + decay is {self.warmup + self.decay}, expected at most train.epochs, {self.epochs}"
             )

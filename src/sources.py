@@ -296,8 +296,8 @@ def _reason(error: BaseException) -> str:
 def _folder(params: Download, target: Path) -> dict[str, object]:
     """The user's own images: a zip as it is; a tar, or class folders, as one of the same names and contents."""
     place = _place(params.path)
-    if place.is_dir() and _is_recorded(params) and {entry.name for entry in _visible(place)} <= {"README.md"}:
-        _restore(place)
+    if place.is_dir():
+        _restore(params, place)
     before = _signature(place)
     files = sorted(_walk(place, "", ())) if place.is_dir() else []
     packed = [path for name, path in files if path and "/" not in name and name.lower().endswith(_ARCHIVES)]
@@ -344,15 +344,17 @@ def _is_recorded(params: Download) -> bool:
     return (recorded["source"], recorded["path"]) == (params.source, params.path)
 
 
-def _restore(place: Path) -> None:
-    """Bring back the images of which dvc.lock's archive was made: a clone has none, since git and DVC never held them.
+def _restore(params: Download, place: Path) -> None:
+    """Bring images back to a folder without any, as a clone's is, from the archive that dvc.lock records of it.
 
     With the same files in the folder, archive and dvc.lock come out as they were.
     """
     from dvc.api import DVCFileSystem  # type: ignore[import-untyped]  # takes a second to import
 
-    restored = place / ".restored"  # hidden, and renamed when it is complete: a run that is cut off leaves no half set
+    restored = place / ".restored"  # complete or not there, so that a run that is cut off leaves no half set of images
     if not restored.exists():
+        if not _is_recorded(params) or {entry.name for entry in _visible(place)} - {"README.md"}:
+            return
         with whole(restored) as (part,):
             part.mkdir()
             recorded, packed = DVCFileSystem(), part / "recorded.zip"

@@ -245,10 +245,7 @@ def test_what_only_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         ),
         ("train", "lr", 1 << 4000, "train.lr is 1318"),
         ("train", "decay", 2, "train.decay is 2, but schedule constant has none; set 0, or schedule: wsd"),
-        *(
-            ("train", "schedule", schedule, "train.warmup + decay is 21, expected at most train.epochs, 20")
-            for schedule in ("constant", "wsd", "cosine", "onecycle")
-        ),
+        ("train", "schedule", "wsd", "train.warmup + decay is 21, expected at most train.epochs, 20"),
         (
             "model",
             "name",

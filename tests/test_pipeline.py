@@ -104,9 +104,9 @@ def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
     settings = ("train.epochs=3", "train.lr=2e-3", "model.dropout=0.1")
     project.dvc("exp", "run", *(word for setting in settings for word in ("-S", setting)), "plot")
     diff = json.loads(project.dvc("metrics", "diff", "--json"))
-    assert [(file, list(metrics)) for file, metrics in diff.items()] == [
-        ("metrics/test.json", ["accuracy", "macro_f1", "validation"])
-    ]
+    assert {file: sorted(metrics) for file, metrics in diff.items()} == {
+        "metrics/test.json": ["accuracy", "macro_f1", "validation"]
+    }
     assert diff["metrics/test.json"]["accuracy"]["diff"] > 0
     assert "train.epochs" in project.dvc("params", "diff")
     assert project.json("metrics/train/metrics.json")["step"] == 3

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from src import archive, sources, yaml12
 from src.layout import read_layout
 from src.params import Download
 from src.runtime import PipelineError
+from tests.helpers import contents
 from tests.kaggle_server import KaggleServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -591,6 +593,49 @@ def test_a_bad_folder_is_one_sentence(
         make(home / "data/inbox")
     sentence = sentence_of(home, run(home, "folder", path=path))
     assert [word for word in words if word not in sentence] == []
+
+
+@pytest.mark.parametrize("kind", ["class folders", "zip"])
+def test_an_empty_inbox_is_filled_from_the_archive_that_dvc_lock_records(
+    home: Path, digits: Path, archive_of_digits: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("dvc.api.DVCFileSystem", LocalFileSystem)  # in place of DVC's cache and remotes
+    inbox, raw, again = Path("data/inbox"), Path("data/raw.zip"), Path("data/again.zip")
+    if kind == "zip":
+        shutil.copy(archive_of_digits, inbox / "my digits.zip")
+    else:
+        shutil.copytree(digits, inbox, dirs_exist_ok=True)
+    images = contents(inbox)
+    params = Download(source="folder", dataset="", version=0, sha256="", path=str(inbox))
+    origin = sources.fetch(params, raw)
+    Path("data/raw.json").write_text(json.dumps(origin))
+
+    def lock(path: str) -> None:
+        recorded = {"params.yaml": {"download": {"source": "folder", "path": path}}}
+        Path("dvc.lock").write_text(json.dumps({"stages": {"download": {"params": recorded}}}))
+
+    lock(str(inbox))
+    shutil.rmtree(inbox)
+    inbox.mkdir()
+    assert sources.fetch(params, again) == origin
+    assert (again.read_bytes(), contents(inbox)) == (raw.read_bytes(), images)
+
+    first = next(inbox.iterdir())  # as a run leaves it that is cut off at the end
+    (inbox / ".restored").mkdir()
+    first.rename(inbox / ".restored" / first.name)
+    assert sources.fetch(params, again) == origin
+    assert contents(inbox) == images
+
+    shutil.rmtree(inbox)
+    inbox.mkdir()
+    raw.unlink()
+    with pytest.raises(PipelineError, match="neither in DVC's cache nor in a remote"):
+        sources.fetch(params, again)
+    lock("data/another")
+    with pytest.raises(PipelineError, match="data/inbox holds no images"):
+        sources.fetch(params, again)
+    assert contents(inbox) == {}
 
 
 def test_a_temporary_run_takes_the_images_of_the_repository(home: Path, tmp_path: Path, digits: Path) -> None:
