@@ -98,8 +98,8 @@ def _cpu_model() -> str:
     except OSError:  # not Linux; Windows has the numbers in what it calls the processor
         return platform.processor()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-    keys = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
-    return ", ".join(f"{key} {facts[key]}" for key in keys if key in facts)
+    keys = {"vendor_id": "", "cpu family": "family ", "model": "model ", "CPU implementer": "implementer "}
+    return ", ".join(f"{words}{facts[key]}" for key, words in (keys | {"CPU part": "part "}).items() if key in facts)
 
 
 def _driver() -> str | None:

@@ -115,8 +115,8 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t
 @pytest.mark.parametrize(
     ("cpuinfo", "expected"),
     [
-        (ZEN_3, "vendor_id AuthenticAMD, cpu family 25, model 1"),
-        (ARM, "CPU implementer 0x41, CPU part 0xd40"),
+        (ZEN_3, "AuthenticAMD, family 25, model 1"),
+        (ARM, "implementer 0x41, part 0xd40"),
         (None, "Intel64 Family 6 Model 142 Stepping 10, GenuineIntel"),
     ],
 )

@@ -561,6 +561,15 @@ def test_the_hash_of_a_picture_is_the_same_on_every_machine() -> None:
     assert picture_hash(np.dstack([picture, picture[::-1], picture.swapaxes(0, 1)])) == "2a55ec57bc719250"
 
 
+def test_no_last_bit_of_a_cosine_changes_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a side of 33, half of 1,985 is rounded: 992.5, or a little more or less in another library."""
+    cosines, cos = images._cosines.__wrapped__, np.cos
+    expected = cosines(33, 1)[0]
+    for towards in (-2, 2):
+        monkeypatch.setattr(np, "cos", lambda x, towards=towards: np.nextafter(cos(x), towards))
+        assert np.array_equal(cosines(33, 1)[0], expected)
+
+
 def test_the_hash_of_a_blank_picture_exists() -> None:
     assert {picture_hash(np.full((28, 28, 1), gray, np.uint8)) for gray in (0, 9, 255)} == {"0" * 16}
 

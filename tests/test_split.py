@@ -20,7 +20,7 @@ from src import archive, images
 from src.layout import read_layout
 from src.params import Split
 from src.runtime import PipelineError
-from src.split import assign, cautions, draws, find_groups, summarize
+from src.split import _covariance, _thumbnails, assign, cautions, draws, find_groups, summarize
 from tests.helpers import SMALL, assert_fails, crops, digits, encode, idx, photos, run_stage, shared, succeed, zip_of
 
 BLANK = np.zeros((0, 8, 8, 1), np.uint8)
@@ -221,6 +221,16 @@ def test_a_long_chain_of_similar_pictures_is_one_group_and_two_without_a_link() 
     groups = find_groups(index.iloc[rest].reset_index(drop=True), same[rest]).to_numpy()
     assert len(set(groups)) == 2
     assert (groups == groups[0]).tolist() == ((order[rest] < 8) == (order[rest][0] < 8)).tolist()
+
+
+def test_pictures_are_compared_in_whole_numbers_which_every_cpu_adds_alike() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    for side in (48, 32):
+        one, other = _thumbnails(pixels[:, :side, :side], np.arange(2))[:, None]
+        covariance = _covariance(one, other)
+        assert covariance.dtype == np.int64
+        expected = np.cov(one[0], other[0], ddof=0)[0, 1] * one.size**2
+        assert covariance[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_blank_pictures_of_any_gray_are_one_group() -> None:
