@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from src.params import Train
-from src.runtime import PipelineError
+from src.runtime import PipelineError, whole, write_json
 
 PACKAGES = (
     "dvc dvclive filelock jinja2 kaggle lightning-fabric matplotlib mlxtend numpy onnx onnxruntime onnxscript pandas "
@@ -70,6 +71,20 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "driver": _driver() if cuda else None,
     }
+
+
+def keep_record(path: Path, machine: dict[str, Any], model: str) -> None:
+    """Write which machine made a model, by its SHA-256; the record of the same model, from any machine, stays.
+
+    The file is in git and no output to DVC: portable results that are made again on another CPU leave no change.
+    """
+    try:
+        known = json.loads(path.read_bytes())["model"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        known = None
+    if known != model:
+        with whole(path) as (part,):
+            write_json(part, {"model": model, **machine})
 
 
 def bits(record: dict[str, Any], params: Train) -> dict[str, Any]:

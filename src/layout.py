@@ -43,8 +43,8 @@ _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")
 _NUMBERED = re.compile(r"([^\W\d_]\D*?)[\W_]*\d+\W*")
 
 # Why a file is no image of a class.
-_HIDDEN = "hidden, as systems and devices leave them"
-_OTHER = "no images by their names"
+_HIDDEN = "hidden by systems and devices"
+_OTHER = "not images by their names"
 _UNMATCHED = "not matched by prepare.include"
 _MAPPED = "by prepare.classes"
 _COPY = "copies of the same files in another folder"

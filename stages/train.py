@@ -8,11 +8,11 @@ from dvclive.live import Live
 from src import paths
 from src.batches import batches, channel_statistics, count_steps, read_dataset, step_generator
 from src.checkpoints import Record, open_store
-from src.environment import bits, describe, settle
+from src.environment import bits, describe, keep_record, settle
 from src.networks import count_parameters, start
 from src.params import load_params
-from src.provenance import inputs_of
-from src.runtime import in_sight, run, whole, write_json
+from src.provenance import hash_file, inputs_of
+from src.runtime import in_sight, run, whole
 from src.training import Trainer, fit_from, make_fabric
 
 SEEN = 25
@@ -32,16 +32,16 @@ def main() -> None:
     with (
         open_store(params, steps, made_of) as store,
         in_sight(paths.TRAIN_LOG) as folder,
-        whole(paths.MODEL, paths.SNAPSHOTS, paths.TRAINING_BATCH, paths.ENVIRONMENT) as (best, snapshots, batch, env),
+        whole(paths.MODEL, paths.SNAPSHOTS, paths.TRAINING_BATCH) as (best, snapshots, batch),
         batch.open("wb") as seen,
         Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live,
     ):
         np.save(seen, next(batches(train, params, 1))[0][:SEEN].cpu().numpy())
-        write_json(env, [machine])
         live.summary |= {"parameters": count_parameters(network), "train_images": len(train)}
         for ended in fit_from(store, Trainer(network, params, fabric), train, validation, card):
             log(live, ended)
         store.write_outputs(best, snapshots)
+    keep_record(paths.ENVIRONMENT, machine, model=hash_file(paths.MODEL))
 
 
 def log(live: Live, record: Record) -> None:

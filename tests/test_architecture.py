@@ -171,7 +171,7 @@ def _paths_used(root: Path, closure: set[str]) -> tuple[set[str], set[str]]:
         and isinstance(node.value.args[0], ast.Constant)
     }
     used: set[str] = set()
-    written: set[str] = set()
+    written = {"ENVIRONMENT"}  # the record of the machine is for git alone
     for name in closure - {"src/params.py", "src/provenance.py", "src/runtime.py", "src/sources.py"}:
         if not name.endswith(".py"):
             continue
@@ -179,7 +179,7 @@ def _paths_used(root: Path, closure: set[str]) -> tuple[set[str], set[str]]:
             used |= _path_names(node)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("whole", "in_sight"):
                 written |= {found for part in ast.walk(node) for found in _path_names(part)}
-    return {str(values[name]) for name in used - written}, {str(values[name]) for name in written}
+    return {str(values[name]) for name in used - written}, {str(values[name]) for name in written - {"ENVIRONMENT"}}
 
 
 def _path_names(node: ast.AST) -> set[str]:

@@ -1,5 +1,6 @@
 """The record of the machine, and what of it counts."""
 
+import json
 import os
 import platform
 import re
@@ -13,13 +14,33 @@ import torch
 
 import src
 from src import environment
-from src.environment import bits, describe, settle
+from src.environment import bits, describe, keep_record, settle
 from src.params import load_params
 from src.runtime import PipelineError
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
+FIRST, OTHER = {"cpu_model": "family 25"}, {"cpu_model": "family 26"}
 x86_only = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="portable bits are of x86-64 CPUs")
+
+
+@pytest.mark.parametrize(
+    ("former", "kept"),
+    [
+        ({"model": "a", **FIRST}, FIRST),  # the same bytes again, from another machine
+        ({"model": "b", **FIRST}, OTHER),
+        ([FIRST], OTHER),  # as it once was
+        (None, OTHER),
+    ],
+)
+def test_the_record_names_the_machine_that_made_the_model_first(
+    tmp_path: Path, former: object, kept: dict[str, str]
+) -> None:
+    file = tmp_path / "environment.json"
+    if former:
+        file.write_text(json.dumps(former), encoding="utf-8")
+    keep_record(file, OTHER, "a")
+    assert json.loads(file.read_bytes()) == {"model": "a", **kept}
 
 
 def test_the_record_names_the_versions_that_the_pipeline_uses() -> None:

@@ -327,9 +327,9 @@ def test_all_that_is_left_out_is_counted_with_the_reason(tmp_path: Path) -> None
     found = read(tmp_path, *names, include="*.jpg", classes={"fox": None})
     assert classes(found) == {"cat": 2, "dog": 2}
     assert left_out(found) == [
-        "2 hidden, as systems and devices leave them, such as cat/.DS_Store",
+        "2 hidden by systems and devices, such as cat/.DS_Store",
         "1 not matched by prepare.include, such as dog/3.PNG",
-        "4 no images by their names (2 .svg, 1 .txt, 1 without a suffix), such as notes.txt",
+        "4 not images by their names (2 .svg, 1 .txt, 1 without a suffix), such as notes.txt",
         "2 by prepare.classes: {fox: null}, such as fox/0.jpg",
     ]
 
@@ -349,7 +349,7 @@ def test_a_pattern_knows_both_spellings_of_an_accent(tmp_path: Path) -> None:
 def test_a_folder_that_only_documents_the_data_is_no_class(tmp_path: Path) -> None:
     found = read(tmp_path, *files("cat", "dog"), "docs/readme.md", "docs/LICENSE", "labels/1.txt")
     assert classes(found) == {"cat": 2, "dog": 2}
-    assert left_out(found)[0].startswith("3 no images by their names (1 .md, 1 without a suffix, 1 .txt)")
+    assert left_out(found)[0].startswith("3 not images by their names (1 .md, 1 without a suffix, 1 .txt)")
 
 
 def test_a_class_of_which_the_pattern_leaves_nothing_is_no_error(tmp_path: Path) -> None:
@@ -441,8 +441,8 @@ def test_prepare_shows_what_it_read_and_that_photographs_are_no_digits(tmp_path:
         "class  images  example",
         "cat         9  cat/0.JPG",
         "dog        15  dog/0",
-        "left out: 1 hidden, as systems and devices leave them, such as cat/.DS_Store",
-        "left out: 1 no images by their names (1 without a suffix), such as dog/LICENSE",
+        "left out: 1 hidden by systems and devices, such as cat/.DS_Store",
+        "left out: 1 not images by their names (1 without a suffix), such as dog/LICENSE",
     ]
     assert lines[5].startswith("originals: 67% in colour; median ")
     assert f"smallest {sizes[0][0]} x {sizes[0][1]}, largest {sizes[-1][0]} x {sizes[-1][1]} px" in lines[5]

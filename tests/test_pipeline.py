@@ -93,7 +93,7 @@ def test_another_image_size_makes_other_images_in_the_workspace_and_aside(projec
         assert (side("data/images.npy"), recorded("prepare", "prepare")["image_size"]) == (size, size)
     for size in (12, 10):
         project.dvc("exp", "run", "-S", f"train.augment.image_size={size}", "train")
-        assert (side("data/augmented.npy"), recorded("train", "train")["image_size"]) == (size, size)
+        assert (side("data/training_batch.npy"), recorded("train", "train")["image_size"]) == (size, size)
     project.dvc("exp", "run", "--temp", "--name", "aside", "-S", "prepare.image_size=16", "prepare")
     assert side("data/images.npy") == 20
     project.dvc("exp", "apply", "aside")

@@ -50,7 +50,7 @@ def run(project: Project, title: str, quick: str, **env: str) -> dict[str, objec
     project.dvc("repro", *([] if FULL else [quick]), **env)
     seconds, data = time.perf_counter() - start, project.json("metrics/data.json")
     if FULL or quick == "plot":
-        test = project.json("metrics/test.json")
+        test = project.json("metrics/evaluation.json")
         print(f"\n{title}: {data['images']} images, test accuracy {test['accuracy']:.2%}, {seconds:.0f} s")
         assert (project.folder / "plots/report.html").stat().st_size > 50_000
         assert data["test_images"] == test["images"]

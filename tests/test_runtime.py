@@ -18,7 +18,7 @@ from src import yaml12
 from src.runtime import PipelineError, alone, in_sight, run, whole
 from tests.helpers import ROOT
 
-STAGES = sorted(file.stem for file in (ROOT / "stages").glob("*.py"))
+STAGES = sorted(file.stem for file in (ROOT / "stages").glob("[!_]*.py"))
 TOOLS = ["tools.find_lr", "tools.results", "tools.search", "tools.verify", "benchmarks.bench", "app.service"]
 
 

@@ -407,7 +407,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any
 def test_ranges_of_nested_params_are_whole_where_both_ends_are(read: Callable[[str], Any]) -> None:
     space = read(
         "train.augment.shift: {low: 0, high: 4}\ntrain.lr: {low: 0, high: 1.0}\n"
-        "seed: {choices: [a, 1, true, null]}\ntrain.augment.ops: off\n"
+        "seed: {choices: [a, 1, true, null]}\ntrain.augment.ops: false\n"
     )
     assert space.ranges == {
         "seed": CategoricalDistribution(["a", 1, True, None]),

@@ -847,7 +847,7 @@ def test_three_epochs_of_the_sample_reach_ninety_percent_on_test(
             "the training loss is nan in epoch 1; use a smaller train.lr than 1e+30",
         ),
         ({"train__device": "cuda"}, "the device 'cuda' is asked for, but torch finds none"),
-        ({"model__name": "resnet"}, "model.name is 'resnet', expected one of"),
+        ({"model__name": "resnet"}, "model.name is 'resnet', expected article, "),
     ],
     ids=["batch normalisation", "lr", "lr, clipped", "device", "name"],
 )

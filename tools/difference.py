@@ -60,7 +60,7 @@ def _values(old: Path, new: Path, labels: tuple[str, str]) -> list[str]:
 
 
 def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(value, list) and len(value) == 1:  # as metrics/environment.json is
+    if isinstance(value, list) and len(value) == 1:  # as metrics/environment.json was
         yield from _flat(value[0], name)
     elif isinstance(value, list) and all(isinstance(item, str) for item in value):  # names, such as instruction sets
         yield from ((f"{name}.{item}", "yes") for item in value)

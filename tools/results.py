@@ -193,7 +193,11 @@ def bring_up_to_date(run: Run) -> None:
     clone, words = run.clone, ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     stages = yaml12.read(PIPELINE)["stages"].values()
     entries = [entry for stage in stages for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
-    made = {Path(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in entries} | {LOCK, paths.PARAMS}
+    made = {Path(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in entries} | {
+        LOCK,
+        paths.PARAMS,
+        paths.ENVIRONMENT,
+    }
 
     def files(folder: Path) -> set[str]:
         listed = git("-C", str(folder), *words, otherwise=f"git cannot list the files of {folder}").split("\0")
@@ -275,7 +279,7 @@ def describe(run: Run, clock: dict[str, Any]) -> dict[str, Any]:
     Raises PipelineError where a metric is missing.
     """
     try:
-        test, trained, (machine,), raw = (
+        test, trained, machine, raw = (
             json.loads((run.clone / path).read_text(encoding="utf-8"))
             for path in (paths.EVALUATION, paths.TRAIN_LOG / "metrics.json", paths.ENVIRONMENT, paths.ORIGIN)
         )

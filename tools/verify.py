@@ -49,7 +49,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         scene = Scene(name, commit, *(Path(scratch) / part for part in ("clone", "committed", "fetched")))
         lock = check_out(scene)
-        outputs = [Output(stage, out["path"], out["md5"]) for stage in lock for out in lock[stage].get("outs", [])]
+        outputs = [
+            Output(stage, out["path"], out["md5"])
+            for stage in lock
+            for out in lock[stage].get("outs", [])
+            if out["path"] != str(paths.ENVIRONMENT)  # an output in older revisions
+        ]
         given = give_archive(scene, lock, outputs)
         rerun(scene, outputs, given)
         if not report(scene, outputs, given, ("in git", scene.committed) if revision else ("here", Path())):
@@ -90,7 +95,10 @@ def check_out(scene: Scene) -> dict[str, Any]:
     lock: dict[str, Any] = yaml12.read(clone / LOCK)["stages"]
     if stale := [*_changed(json.loads(done.stdout), lock), *_torn(lock)]:
         raise PipelineError(f"{name}: {LOCK} was not made with what lies beside it: {', '.join(stale)}; `dvc repro`")
-    for path in _outs(lock):  # results in git step aside, so that whatever lies in their place later was made there
+    for path in {
+        *_outs(lock),
+        str(paths.ENVIRONMENT),
+    }:  # results in git step aside, so that whatever lies in their place later was made there
         if (clone / path).exists():
             (scene.committed / path).parent.mkdir(parents=True, exist_ok=True)
             (clone / path).rename(scene.committed / path)
@@ -163,30 +171,43 @@ def report(scene: Scene, outputs: list[Output], given: set[str], here: tuple[str
     """
     label, place = here
     stages, names = (max(map(len, column)) for column in list(zip(*outputs, strict=True))[:2])
-    different, machine = 0, None
+    different = 0
     print(f"\n{scene.name}, made again:")
     for output in outputs:
-        made, present, evidence = scene.clone / output.path, place / output.path, output.path == str(paths.ENVIRONMENT)
-        found, notes = list[str](), list[str]()
-        if digest(made) != output.md5:
-            recorded, labels = find(scene, output), ("recorded", "here" if evidence else "rerun")
-            found = difference(recorded, made, labels) if recorded else ["the recorded file is not at hand"]
+        made, present, notes = scene.clone / output.path, place / output.path, list[str]()
         if digest(present) not in (None, output.md5):
             notes = [f"the file {label} is not the one of {LOCK}", *difference(present, made, (label, "rerun"))]
-        if evidence:  # of the machine; another one may well give the same results
-            machine = found
-        else:
-            notes += found
+        if digest(made) != output.md5:
+            recorded = find(scene, output)
+            notes += (
+                difference(recorded, made, ("recorded", "rerun")) if recorded else ["the recorded file is not at hand"]
+            )
         different += bool(notes)
-        status = "different" if notes else "see below" if found else "given" if output.path in given else "same"
+        status = "different" if notes else "given" if output.path in given else "same"
         print(f"  {output.stage:{stages}}  {output.path:{names}}  {status}", *notes, sep="\n      ")
-    if machine:
-        print("\nenvironment:", *machine, sep="\n  ")
-    results = sum(output.path not in given and output.path != str(paths.ENVIRONMENT) for output in outputs)
+    state, lines = compare_machines(scene, outputs)
+    if lines:
+        print("\nenvironment:", *lines, sep="\n  ")
+    results = len(outputs) - len(given)
     verdict = f"{different} of {results} outputs different" if different else f"all {results} outputs the same"
-    state = "not recorded" if machine is None else "different" if machine else "the same"
     print(f"\n{scene.name}: {verdict}, environment {state}")
     return not different
+
+
+def compare_machines(scene: Scene, outputs: list[Output]) -> tuple[str, list[str]]:
+    """Compare the machine that made the recorded model with this one: a verdict, and a line for each difference.
+
+    Another machine may well give the same results, so that it decides nothing.
+    """
+    recorded, here = scene.committed / paths.ENVIRONMENT, scene.clone / paths.ENVIRONMENT
+    if not recorded.exists():
+        return "not recorded", []
+    lines = difference(recorded, here, ("recorded", "here"))
+    model = next((line for line in lines if line.startswith("model ")), None)
+    lines = [line for line in lines if line != model]
+    if model and digest(scene.clone / paths.MODEL) in {output.md5 for output in outputs}:  # as out of DVC's run cache
+        return "recorded for another model", lines
+    return "different" if lines else "the same", lines
 
 
 def find(scene: Scene, output: Output) -> Path | None:
