@@ -36,7 +36,7 @@ def main() -> None:
     overall, classes = score(predictions, data.classes, sure)
     overall |= {"temperature": temperature, "sure_from": sure}
     metrics = {name: overall[name] for name in ("accuracy", "macro_f1")}
-    metrics["validation"] = float((validation.argmax(axis=1) == codes["validation"]).mean())
+    metrics["val_acc"] = float((validation.argmax(axis=1) == codes["validation"]).mean())
 
     with whole(paths.PREDICTIONS, paths.EVALUATION, paths.TEST_METRICS, paths.CLASS_METRICS) as outs:
         table_file, evaluation_file, metrics_file, class_file = outs

@@ -337,10 +337,10 @@ def test_the_stage_tells_of_each_test_image_in_its_order(home: Project, capsys: 
     assert f"test accuracy {right:.2%} (95 % interval" in said
     # These columns of `dvc exp show`, in this order; more of them would push the changed params out of sight.
     shown, training = home.json(str(paths.TEST_METRICS)), home.json("metrics/train/metrics.json")
-    assert list(shown) == ["accuracy", "macro_f1", "validation"]
+    assert list(shown) == ["accuracy", "macro_f1", "val_acc"]
     assert shown["accuracy"] == right
     assert shown["macro_f1"] == metrics["macro_f1"]
-    assert shown["validation"] == pytest.approx(training["best_validation_accuracy"])
+    assert shown["val_acc"] == pytest.approx(training["best_validation_accuracy"])
     classes = pd.read_csv(paths.CLASS_METRICS)
     assert classes["class"].tolist() == list(range(10))
     assert classes["images"].sum() == len(test)

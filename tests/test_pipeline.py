@@ -105,7 +105,7 @@ def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
     project.dvc("exp", "run", *(word for setting in settings for word in ("-S", setting)), "plot")
     diff = json.loads(project.dvc("metrics", "diff", "--json"))
     assert {file: sorted(metrics) for file, metrics in diff.items()} == {
-        "metrics/test.json": ["accuracy", "macro_f1", "validation"]
+        "metrics/test.json": ["accuracy", "macro_f1", "val_acc"]
     }
     assert diff["metrics/test.json"]["accuracy"]["diff"] > 0
     assert "train.epochs" in project.dvc("params", "diff")
@@ -114,7 +114,7 @@ def test_an_experiment_is_run_compared_and_shown(project: Project) -> None:
     table = project.dvc("exp", "show", "--only-changed", "--no-pager", COLUMNS="120").splitlines()
     assert max(map(len, table)) <= 120
     header = next(line.split() for line in table if "Experiment" in line)
-    metrics, params = ["accuracy", "macro_f1", "validation"], ["model.dropout", "train.epochs", "train.lr"]
+    metrics, params = ["accuracy", "macro_f1", "val_acc"], ["model.dropout", "train.epochs", "train.lr"]
     assert header[:8] == ["Experiment", "Created", *metrics, *params]
     # DVC folds up the columns of deps that do not fit, but not that of the first by its name, 32 characters wide.
     workspace = json.loads(project.dvc("exp", "show", "--json"))[0]["data"]

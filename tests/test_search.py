@@ -161,7 +161,7 @@ def test_each_trial_is_an_experiment_whose_params_are_those_it_tells(straight: S
     for name, value, batch, lr in lines:
         params = revs[name]["params"]["params.yaml"]["data"]
         metrics = revs[name]["metrics"]["metrics/test.json"]["data"]
-        assert f"{metrics['validation']:.4f}" == value
+        assert f"{metrics['val_acc']:.4f}" == value
         assert [f"train.batch={params['train']['batch']}", f"train.lr={params['train']['lr']:.4g}"] == [batch, lr]
 
 
@@ -187,7 +187,7 @@ def test_the_best_are_told_with_commands_that_work(straight: Searched, tmp_path:
     assert [row[2].strip("[]") for row in rows] == [line[0] for line in best]
     assert "train.lr" in project.run("sh", "-c", diff)
     project.run("sh", "-c", apply)
-    assert f"{project.json('metrics/test.json')['validation']:.4f}" == best[0][1]
+    assert f"{project.json('metrics/test.json')['val_acc']:.4f}" == best[0][1]
 
 
 # --- stopped ----------------------------------------------------------------------------------------------------------
@@ -483,5 +483,5 @@ def test_in_a_fresh_clone_a_killed_trial_goes_on_from_its_checkpoint(tmp_path: P
     assert re.search("train: going on after epoch [12] of 3", output)
     (line,) = told(output)
     project.dvc("exp", "apply", "space-0")
-    assert f"{project.json('metrics/test.json')['validation']:.4f}" == line[1]
+    assert f"{project.json('metrics/test.json')['val_acc']:.4f}" == line[1]
     assert project.dvc("status").strip() == "Data and pipelines are up to date."

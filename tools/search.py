@@ -32,7 +32,7 @@ from src.provenance import hash_file
 from src.runtime import RESUME, Parser, PipelineError, home, in_one_sentence, remove, say
 from tools.command import dvc, git, running
 
-METRICS, OBJECTIVE = paths.TEST_METRICS, "validation"
+METRICS, OBJECTIVE = paths.TEST_METRICS, "val_acc"
 HOPELESS = 3
 """So many failures, and no success, end a search at its start."""
 
