@@ -274,7 +274,7 @@ def leave_alone(base: Path, folder: Path) -> Undisturbed:
     assert "stages.plot" in output, output
     counts = Counter[str]()
     for stage in ("train", "evaluate"):
-        counts.update(json.loads(run.plan.with_suffix(f".{stage}").read_text()))
+        counts |= Counter(json.loads(run.plan.with_suffix(f".{stage}").read_text()))  # each process counts its own
     return Undisturbed(run.hashes(), counts, time.monotonic() - begun)
 
 
