@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src import paths
 from tests.project import ROOT, Project, clone
 
 CHANGES: dict[str, object] = {
@@ -212,12 +213,15 @@ class Lurked:
         return max(places, default=None)
 
     def hashes(self) -> dict[str, str]:
-        """The SHA-256 of every output of every stage, and of DVC's own record of them."""
+        """The SHA-256 of every output of every stage, and of DVC's own record of them.
+
+        The record of the machine is no output: it keeps the former model where DVC's run cache gives this one.
+        """
         tops = [self.project.folder / name for name in ("data", "models", "metrics", "plots")]
         files = [self.project.folder / "dvc.lock", *(file for top in tops for file in top.rglob("*") if file.is_file())]
-        return {
-            str(file.relative_to(self.project.folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
-        }
+        names = {str(file.relative_to(self.project.folder)): file for file in files}
+        del names[str(paths.ENVIRONMENT)]
+        return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in names.items()}
 
     def left(self) -> list[str]:
         """What a run that ended well should not leave behind."""
