@@ -2,7 +2,7 @@
 
 import math
 
-from src.runtime import say
+from src.runtime import counted, say
 
 FEW = 100
 """A part with fewer images is reported: at 90 % right, the 95 % interval of 100 images is 12 points wide."""
@@ -24,7 +24,7 @@ def report_few(part: str, count: int, accuracy: float = 0.9) -> None:
     if count < FEW:
         low, high = wilson_interval(accuracy * count, count)
         say(
-            f"only {count} {part} image{'s' * (count != 1)}: an accuracy of {100 * accuracy:.0f} % on them has a 95 % "
+            f"only {counted(count, f'{part} image')}: an accuracy of {100 * accuracy:.0f} % on them has a 95 % "
             f"interval of {100 * (high - low):.0f} points ({100 * low:.0f} to {100 * high:.0f} %); smaller differences "
             "are noise"
         )

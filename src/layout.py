@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from src.archive import Idx, Item, contents, pair_idx
-from src.runtime import PipelineError
+from src.runtime import PipelineError, counted
 from src.zipped import Entry
 
 SPLITS = ("train", "validation", "test")
@@ -484,8 +484,9 @@ def _check_unlabelled(leaves: Sequence[Leaf], labels: Mapping[Folder, str], name
     if not asked:
         return
     rest = set(leaves).difference(asked)
+    images = counted(sum(leaf.folder.images for leaf in asked), "image")
     what = (
-        f"{_images(sum(leaf.folder.images for leaf in asked))}, such as {asked[0].folder.example!r}, beside the "
+        f"{images}, such as {asked[0].folder.example!r}, beside the "
         f"class folders {_some(sorted({labels[leaf.folder] for leaf in rest}))}"
     )
     if loose := [leaf.folder for leaf in asked if leaf.folder.filled() or not leaf.folder.parent]:
@@ -549,10 +550,6 @@ def _idx_items(pairs: Iterable[tuple[Idx, str]], names: Names, matches: Matches)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _images(count: int) -> str:
-    return f"{count:,} image{'s' * (count != 1)}"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from src.params import Split
-from src.runtime import PipelineError, say
+from src.runtime import PipelineError, counted, say
 
 TRAIN, VALIDATION, TEST, LEFT_OUT = "train", "validation", "test", "left_out"
 
@@ -264,7 +264,7 @@ def _fill(table: pd.DataFrame, draw: "pd.Series[float]", wanted: dict[str, float
     for label, members in groups.groupby("label"):
         if len(members) < len(wanted):
             raise PipelineError(
-                f"class {str(label)!r} has {len(members)} different image{'s' * (len(members) != 1)}, "
+                f"class {str(label)!r} has {counted(len(members), 'different image')}, "
                 f"expected at least {len(wanted)}, one each for {', '.join(wanted)}; "
                 "add images or leave the class out with prepare.classes"
             )

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from src import yaml12
+from src import paths, yaml12
 from src.environment import describe
 from tests.helpers import is_one_sentence
 from tests.project import Project, stages_run
 from tools.difference import difference, digest
-from tools.verify import Scene, check_out, resolve
+from tools.verify import Output, Scene, check_out, compare_machines, resolve
 
 VERIFY = (sys.executable, "-m", "tools.verify")
 STAGES = ["download", "prepare", "split", "train", "evaluate", "plot", "export"]
@@ -440,3 +440,27 @@ def test_a_folder_that_lacks_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "old/epochs/1").write_text("a", encoding="utf-8")
     assert difference(tmp_path / "old", tmp_path / "new", ("old", "new")) == ["epochs/1: new: no such file"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "here", "verdict"),
+    [
+        ({"model": "a", "cpu": "old"}, {"model": "a", "cpu": "old"}, ("the same", 0)),
+        ({"model": "a", "cpu": "old"}, {"model": "a", "cpu": "new"}, ("different", 1)),
+        ({"model": "b", "cpu": "old"}, {"model": "a", "cpu": "new"}, ("recorded for another model", 1)),
+        (None, {"model": "a", "cpu": "new"}, ("not recorded", 0)),
+    ],
+)
+def test_a_record_of_another_model_or_none_is_told_from_another_machine(
+    tmp_path: Path, recorded: object, here: object, verdict: tuple[str, int]
+) -> None:
+    scene = Scene("now", "commit", tmp_path / "clone", tmp_path / "committed", tmp_path / "fetched")
+    for folder, record in ((scene.clone, here), (scene.committed, recorded)):
+        (folder / "metrics").mkdir(parents=True)
+        if record:
+            (folder / paths.ENVIRONMENT).write_text(json.dumps(record), encoding="utf-8")
+    model = scene.clone / paths.MODEL
+    model.parent.mkdir()
+    model.write_bytes(b"the weights that dvc.lock names")
+    state, lines = compare_machines(scene, [Output("train", str(paths.MODEL), str(digest(model)))])
+    assert (state, len(lines)) == verdict
